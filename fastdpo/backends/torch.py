@@ -1,0 +1,251 @@
+"""The primitives in chunked PyTorch: any device, deterministic, and the oracle of the other backends.
+
+It reads like the equations of `fastdpo.backends` and `fastdpo.head`, one vocabulary tile at a time, so that
+nothing of size [N, V] is ever written but what the caller asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdpo.backends import (
+    COLLISION_SHIFT,
+    RAISE_ABOVE,
+    ExpSums,
+    SequenceLoss,
+)
+from fastdpo.head import Head
+
+__all__ = [
+    "exp_logits",
+    "logits_logps",
+    "logits_logps_backward",
+    "sequence_loss",
+    "target_logits",
+]
+
+# Elements of one tile of logits: 8 MiB in fp32 stays in a CPU's last-level cache, 128 MiB fills a GPU.
+_TILE_ELEMENTS = {"cpu": 1 << 21}
+_TILE_ELEMENTS_ELSEWHERE = 1 << 25
+_MIN_TILE_COLUMNS = 512
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] · b [K, N] in the accumulate dtype, never rounded to 16 bits on the way."""
+    if a.dtype == accumulate_dtype(a.dtype):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """z [N, V] in the accumulate dtype."""
+    z = matmul(hidden, head.weight.t())
+    if head.bias is not None:
+        z += head.bias
+    return _transform(z, head)
+
+
+def _transform(u: Tensor, head: Head) -> Tensor:
+    """softcap(scale · u) / temperature, in place."""
+    if head.softcap is None:
+        return u if head.gain == 1.0 else u.mul_(head.gain)
+    u.mul_(head.scale / head.softcap).tanh_()
+    return u.mul_(head.softcap / head.temperature)
+
+
+def target_logits(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]
+) -> Tensor:  # [N]
+    dtype = accumulate_dtype(hidden.dtype)
+    # Multiplied in the input's precision, summed in the accumulate dtype; rows by rows, to stay small.
+    block = max(1, _tile_elements(hidden) // max(1, hidden.shape[1]))
+    a = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    for start in range(0, hidden.shape[0], block):
+        rows = slice(start, start + block)
+        weight = head.weight.index_select(0, labels[rows]).to(dtype)
+        a[rows] = weight.mul_(hidden[rows]).sum(-1)
+    if head.bias is not None:
+        a += head.bias.index_select(0, labels)
+    return _transform(a, head)
+
+
+def exp_logits(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]
+    anchor: Tensor,  # [N]
+    *,
+    fixed_anchor: bool = False,
+    out: Tensor | None = None,  # [N, K]
+    label_entry: Tensor | None = None,  # [N]
+    stats: tuple[str, ...] = (),
+) -> ExpSums:
+    sums = _exp_sums(hidden, head, labels, anchor, out, label_entry, stats)
+    if fixed_anchor:
+        return sums
+    raised = ~(sums.sum <= RAISE_ABOVE)  # written so that NaN and inf are raised too
+    if not bool(raised.any()):
+        return sums
+    # The label of these rows is so unlikely that e leaves the range of fp32: anchor them at their maximum.
+    rows = raised.nonzero().squeeze(1)
+    hidden, labels = hidden[rows], labels[rows]
+    top = _exp_sums(hidden, head, labels, anchor[rows], None, None, ("is_top1",)).top
+    part = None if out is None else out[rows]
+    entry = None if label_entry is None else label_entry[rows]
+    again = _exp_sums(hidden, head, labels, top, part, entry, stats)
+    if out is not None:
+        out[rows] = part
+    return ExpSums(*(
+        None if new is None else old.index_copy(0, rows, new)
+        for old, new in zip(sums, again, strict=True)
+    ))
+
+
+def _exp_sums(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]
+    anchor: Tensor,  # [N]
+    out: Tensor | None,  # [N, K]
+    label_entry: Tensor | None,  # [N]
+    stats: tuple[str, ...],
+) -> ExpSums:
+    n, stored = hidden.shape[0], 0 if out is None else out.shape[1]
+    zeros = anchor.new_zeros
+    total = zeros(n)
+    entropy = zeros(n) if "entropy" in stats else None
+    collision = zeros(n) if "log_sum_sq_probs" in stats else None
+    logits = zeros(n) if "mean_logits" in stats else None
+    top = torch.full_like(anchor, -torch.inf) if "is_top1" in stats else None
+    for start, stop in _tiles(n, head.vocab_size, hidden):
+        z = logits_of(hidden, head.columns(start, stop))
+        derivative = head.softcap_derivative(z) if start < stored else None
+        inside = (labels >= start) & (labels < stop)
+        column = (labels - start).clamp_(0, stop - start - 1).unsqueeze(1)
+        own = z.gather(1, column).squeeze(1)
+        if logits is not None:
+            logits += z.sum(1) - torch.where(inside, own, 0.0)
+        z.scatter_(1, column, torch.where(inside, -torch.inf, own).unsqueeze(1))
+        if top is not None:
+            torch.maximum(top, z.amax(1), out=top)
+        z -= anchor.unsqueeze(1)
+        e = z.exp() if entropy is not None else z.exp_()
+        total += e.sum(1)
+        if entropy is not None:
+            # 0 · −inf is nothing, not NaN: entries that cannot occur have no entropy.
+            entropy += z.clamp_min_(torch.finfo(z.dtype).min).mul_(e).sum(1)
+        if collision is not None:
+            collision += (e * torch.e**COLLISION_SHIFT).square_().sum(1)
+        if start < stored:
+            if derivative is not None:
+                e *= derivative
+            if label_entry is not None:
+                own = e.gather(1, column).squeeze(1)
+                e.scatter_(1, column, torch.where(inside, label_entry, own).unsqueeze(1))
+            last = min(stop, stored)
+            out[:, start:last] = e[:, : last - start]
+    return ExpSums(anchor, total, entropy, collision, logits, top)
+
+
+def logits_logps(
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    head: Head,
+) -> tuple[Tensor, Tensor]:  # [N], [N]
+    dtype = accumulate_dtype(logits.dtype)
+    logps = logits.new_zeros(logits.shape[0], dtype=dtype)
+    lse = torch.zeros_like(logps)
+    for rows in _row_blocks(labels >= 0, logits):
+        z = _transform(logits[rows].to(dtype), head)
+        own = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+        block = z.logsumexp(1)
+        lse[rows] = block
+        logps[rows] = own - block
+    return logps, lse
+
+
+def logits_logps_backward(
+    grad_logps: Tensor,  # [N]
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    head: Head,
+    out: Tensor,  # [N, V]
+) -> None:
+    dtype = accumulate_dtype(logits.dtype)
+    carries = labels >= 0
+    for rows in _row_blocks(carries, logits):
+        z = _transform(logits[rows].to(dtype), head)
+        derivative = head.softcap_derivative(z)
+        grad = z.sub_(lse[rows].unsqueeze(1)).exp_().neg_()
+        one = torch.ones_like(rows, dtype=dtype).unsqueeze(1)
+        grad.scatter_add_(1, labels[rows].unsqueeze(1), one)
+        grad *= (grad_logps[rows] * head.gain).unsqueeze(1)
+        if derivative is not None:
+            grad *= derivative
+        out[rows] = grad.to(out.dtype)
+    out[(~carries).nonzero().squeeze(1)] = 0
+
+
+def sequence_loss(
+    logps: Tensor,  # [N]
+    offsets: Tensor,  # [2B + 1]
+    ref_logps: Tensor,  # [2B]
+    beta: float,
+    label_smoothing: float,
+    average: bool,
+    pairs: str,
+) -> SequenceLoss:
+    lengths = offsets.diff()
+    sums = sequence_sums(logps, lengths)
+    count = lengths.clamp(min=1).to(sums.dtype) if average else torch.ones_like(sums)
+    sums = sums / count
+    rewards = beta * (sums - ref_logps)
+    chosen, rejected = rewards.chunk(2) if pairs == "concatenated" else (rewards[::2], rewards[1::2])
+    margins = chosen - rejected
+    losses = -(
+        (1 - label_smoothing) * F.logsigmoid(margins) + label_smoothing * F.logsigmoid(-margins)
+    )
+    # d loss / d margin, over the mean's B
+    slope = (label_smoothing - torch.sigmoid(-margins)) / max(1, margins.numel())
+    slope = torch.cat([slope, -slope]) if pairs == "concatenated" else torch.stack([slope, -slope], 1).flatten()
+    loss = losses.mean() if losses.numel() else losses.sum()
+    return SequenceLoss(loss, sums, rewards, beta * slope / count)
+
+
+def sequence_sums(
+    logps: Tensor,  # [N]
+    lengths: Tensor,  # [S]
+) -> Tensor:  # [S]
+    """Σ of each sequence's tokens, in order, carried in fp64 so that padding and batching cannot show."""
+    if lengths.numel() == 0 or logps.numel() == 0:
+        return logps.new_zeros(lengths.shape)
+    sums = torch.segment_reduce(logps.double(), "sum", lengths=lengths, initial=0)
+    return sums.to(logps.dtype)
+
+
+def _tile_elements(like: Tensor) -> int:
+    return _TILE_ELEMENTS.get(like.device.type, _TILE_ELEMENTS_ELSEWHERE)
+
+
+def _tiles(rows: int, columns: int, like: Tensor) -> list[tuple[int, int]]:
+    width = max(_MIN_TILE_COLUMNS, _tile_elements(like) // max(1, rows))
+    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
+
+
+def _row_blocks(carries: Tensor, logits: Tensor) -> list[Tensor]:
+    """The rows that carry loss, in blocks of a tile's size."""
+    block = max(1, _tile_elements(logits) // max(1, logits.shape[1]))
+    return list(carries.nonzero().squeeze(1).split(block))
+
+
