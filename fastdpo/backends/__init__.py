@@ -31,6 +31,9 @@ stats=()) -> ExpSums`
     Sequence s owns logps[offsets[s]:offsets[s + 1]]; `pairs` is "concatenated" or "interleaved".
     The DPO sigmoid loss with label smoothing, the mean over B pairs, and what its backward needs.
 
+A backend module also says what it can do: `PRIMITIVES` (a frozenset of the names above that it implements),
+`available() -> (bool, reason)` for this machine, and `supports(device, dtype) -> (bool, reason)`.
+
 The gradient products on E are plain matrix products and live with the schedule, in `fastdpo.linear`.
 """
 
@@ -40,13 +43,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# The anchor's distance above the label's logit (DESIGN 2.3): exp(z − a − 40) keeps 16-bit-range exponentials
-# normal from e^-47 to e^+60 times the label's own probability.
-ANCHOR_OFFSET = 40.0
-# A row whose sum exceeds e^20 has a label at probability below e^-60 or so; it is anchored at its maximum instead.
-RAISE_ABOVE = 485165195.4097903
-# Σ e² is kept as Σ (e · e^18)², which neither underflows nor overflows for sums up to RAISE_ABOVE.
-COLLISION_SHIFT = 18.0
+# Anchored at the label's own logit, e = exp(z − a) fits fp32 and bf16 from e^-87 to e^+88. A row whose sum exceeds e^60 has a
+# label at probability below e^-60 and is anchored at its maximum instead.
+RAISE_ABOVE = 1.1420073898156842e26
+# Σ e² is kept as Σ (e · e^-22)², which neither underflows nor overflows for sums up to RAISE_ABOVE.
+COLLISION_SHIFT = -22.0
 
 
 class ExpSums(NamedTuple):

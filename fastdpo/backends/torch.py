@@ -249,3 +249,14 @@ def _row_blocks(carries: Tensor, logits: Tensor) -> list[Tensor]:
     return list(carries.nonzero().squeeze(1).split(block))
 
 
+
+
+PRIMITIVES = frozenset(__all__)
+
+
+def available() -> tuple[bool, str]:
+    return True, "PyTorch itself, on any device"
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    return True, "every device and floating-point dtype"

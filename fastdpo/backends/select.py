@@ -1,0 +1,88 @@
+"""Which backend serves which primitive: by argument, then by environment variable, then automatically.
+
+A choice that cannot be honoured is refused with the reason; nothing is swapped silently. The automatic choice is
+made per primitive, and only among backends that say they can run here on this device and dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+NAMES = ("torch", "triton", "cuda")
+ENVIRONMENT_VARIABLE = "FASTDPO_BACKEND"
+
+# Automatic order per primitive on a CUDA device, with what it rests on. UNMEASURED until a GPU has run
+# `python -m benchmarks.kernels`: memory-bound kernels prefer the CUDA C++ build, products prefer Triton, and the
+# torch backend serves whatever the others refuse.
+PREFERENCE = {
+    "exp_logits": ("triton", "torch"),
+    "target_logits": ("triton", "cuda", "torch"),
+    "logits_logps": ("cuda", "triton", "torch"),
+    "logits_logps_backward": ("cuda", "triton", "torch"),
+    "sequence_loss": ("cuda", "triton", "torch"),
+}
+
+
+class Availability(NamedTuple):
+    name: str
+    available: bool
+    reason: str
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why."""
+
+
+def report() -> list[Availability]:
+    """Every backend, whether this machine can use it, and why (not)."""
+    return [Availability(name, *_available(name)) for name in NAMES]
+
+
+def requested(backend: str | None) -> str:
+    """The backend asked for: the argument, else the environment variable, else "auto"."""
+    return backend or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+
+
+def primitive(name: str, like: torch.Tensor, backend: str | None = None) -> ModuleType:
+    """The backend module whose primitive `name` serves tensors like `like` (device and dtype).
+
+    Raises:
+        BackendUnavailable: `backend` (or the environment variable) names one that cannot run here.
+    """
+    choice = requested(backend)
+    if choice != "auto":
+        ok, reason = _serves(choice, name, like)
+        if ok:
+            return _module(choice)
+        if choice == "cuda" and "does not implement" in reason:
+            # The CUDA C++ build has no matrix product of its own: its users get the automatic choice for it.
+            return primitive(name, like, "auto")
+        raise BackendUnavailable(f"backend {choice!r} cannot run {name}: {reason}")
+    if like.is_cuda:
+        for candidate in PREFERENCE[name]:
+            if _serves(candidate, name, like)[0]:
+                return _module(candidate)
+    return _module("torch")
+
+
+def _serves(backend: str, name: str, like: torch.Tensor) -> tuple[bool, str]:
+    available, reason = _available(backend)
+    if not available:
+        return False, reason
+    module = _module(backend)
+    if name not in module.PRIMITIVES:
+        return False, f"the {backend} backend does not implement it"
+    return module.supports(like.device, like.dtype)
+
+
+def _available(backend: str) -> tuple[bool, str]:
+    return _module(backend).available()
+
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"fastdpo.backends.{backend}")

@@ -1,0 +1,198 @@
+"""What bad input gets: a ValueError that names the argument and what it should be, before anything is computed.
+
+Called by `fastdpo.loss` and by nothing below it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdpo import rows
+from fastdpo.backends import select
+from fastdpo.head import Head
+from fastdpo.linear import STATS
+
+PAIRS = ("concatenated", "interleaved")
+
+
+def fail(argument: str, should: str, got: object) -> None:
+    raise ValueError(f"{argument} should be {should}, got {got}")
+
+
+def shape(t: Tensor) -> str:
+    return f"{list(t.shape)}"
+
+
+def is_tensor(argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        fail(argument, "a torch.Tensor", type(value).__name__)
+
+
+def is_number(argument: str, value: object, *, positive: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or (positive and value <= 0) or value == 0:
+        fail(argument, "a positive number" if positive else "a finite number other than 0", repr(value))
+
+
+def head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    prefix: str = "",
+) -> Head:
+    """The head that these arguments describe; `prefix` ("ref_") goes before the tensors' names in messages."""
+    name = f"{prefix}hidden"
+    is_tensor(name, hidden)
+    is_tensor(f"{prefix}weight", weight)
+    if not hidden.is_floating_point():
+        fail(name, "of a floating-point dtype", hidden.dtype)
+    if not weight.is_floating_point():
+        fail(f"{prefix}weight", "of a floating-point dtype", weight.dtype)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        fail(f"{prefix}weight", "of shape [V, D] with V > 0", shape(weight))
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        fail(name, f"of shape [..., {weight.shape[1]}] to fit {prefix}weight {shape(weight)}", shape(hidden))
+    _same_device(name, hidden, f"{prefix}weight", weight)
+    compute = compute_dtype(hidden)
+    if compute is None and hidden.dtype != weight.dtype:
+        fail(
+            f"{prefix}weight",
+            f"of {name}'s dtype {hidden.dtype} (or call under torch.autocast)",
+            weight.dtype,
+        )
+    if bias is not None:
+        is_tensor(f"{prefix}bias", bias)
+        if bias.shape != weight.shape[:1]:
+            fail(f"{prefix}bias", f"of shape [{weight.shape[0]}]", shape(bias))
+        _same_device(name, hidden, f"{prefix}bias", bias)
+        if not bias.is_floating_point() or (compute is None and bias.dtype != hidden.dtype):
+            fail(f"{prefix}bias", f"of {name}'s dtype {hidden.dtype}", bias.dtype)
+    is_number("logit_scale", logit_scale)
+    is_number("temperature", temperature, positive=True)
+    if softcap is not None:
+        is_number("softcap", softcap, positive=True)
+    return Head(weight, bias, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What autocast would multiply in, or None where it would not interfere (off, or fp64 inputs)."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def labels(
+    value: Tensor,
+    expected: torch.Size | Sequence[int],
+    like: Tensor,
+    *,
+    of: str = "hidden",
+) -> Tensor:
+    """Labels of integer dtype and the expected shape, as int64."""
+    is_tensor("labels", value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        fail("labels", "of an integer dtype", value.dtype)
+    if tuple(value.shape) != tuple(expected):
+        fail("labels", f"of shape {list(expected)} to fit {of}", shape(value))
+    _same_device(of, like, "labels", value)
+    return value.long()
+
+
+def label_rows(
+    value: Tensor,  # [M]
+    ignore_index: int,
+    vocab_size: int,
+    row_index: Tensor | None,  # [N]
+) -> rows.Rows:
+    """The rows that carry loss. On a GPU this waits for the device once, for their number and for whether every label is
+    in range; with `row_index` it waits for nothing, and a label out of range trips a device-side assertion."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        fail("ignore_index", "an int", repr(ignore_index))
+    if row_index is None:
+        carrying, outside = rows.count(value, ignore_index, vocab_size)
+        if outside:
+            _fail_label(value, ignore_index, vocab_size)
+        return rows.select(value, ignore_index, carrying)
+    is_tensor("row_index", row_index)
+    if row_index.dtype != torch.int64 or row_index.dim() != 1:
+        fail("row_index", "a one-dimensional tensor of int64", f"{row_index.dtype} {shape(row_index)}")
+    _same_device("labels", value, "row_index", row_index)
+    if row_index.device.type == "cpu" and row_index.numel():
+        if int(row_index.min()) < 0 or int(row_index.max()) >= value.numel():
+            fail("row_index", f"positions in [0, {value.numel()})", "others")
+        if bool((row_index.diff() <= 0).any()):
+            fail("row_index", "in strictly ascending order", "another order")
+    picked = value.index_select(0, row_index)
+    inside = (picked >= 0) & (picked < vocab_size)
+    if picked.device.type == "cpu":
+        if not bool(inside.all()):
+            fail("labels", f"in [0, {vocab_size}) at every position of row_index", picked[~inside][0].item())
+    else:
+        torch._assert_async(inside.all(), f"labels should be in [0, {vocab_size}) at row_index")
+    return rows.Rows(picked, row_index, value.numel())
+
+
+def stats(value: Sequence[str]) -> tuple[str, ...]:
+    value = (value,) if isinstance(value, str) else tuple(value)
+    unknown = [name for name in value if name not in STATS]
+    if unknown or len(set(value)) != len(value):
+        fail("stats", f"distinct names among {list(STATS)}", list(value))
+    return value
+
+
+def workspace_bytes(value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        fail("workspace_bytes", "None or a number of bytes >= 0", repr(value))
+    return value
+
+
+def backend(value: str | None) -> str | None:
+    if value is not None and value not in ("auto", *select.NAMES):
+        fail("backend", f"None or one of {['auto', *select.NAMES]}", repr(value))
+    return value
+
+
+def pairs(value: str) -> str:
+    if value not in PAIRS:
+        fail("pairs", f"one of {list(PAIRS)}", repr(value))
+    return value
+
+
+def cu_seqlens(
+    value: Tensor,  # [S + 1]
+    total: int,
+    like: Tensor,
+) -> Tensor:
+    """Boundaries of a packed batch. Their values are checked on the CPU only, so as not to wait for a GPU."""
+    is_tensor("cu_seqlens", value)
+    if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or value.numel() < 1:
+        fail("cu_seqlens", "a one-dimensional tensor of int32 or int64, [2B + 1]", f"{value.dtype} {shape(value)}")
+    _same_device("hidden", like, "cu_seqlens", value)
+    if value.device.type == "cpu":
+        ends = value.tolist()
+        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+            fail("cu_seqlens", f"ascending from 0 to the number of rows, {total}", ends)
+    return value
+
+
+def _fail_label(value: Tensor, ignore_index: int, vocab_size: int) -> None:
+    bad = (value != ignore_index) & ((value < 0) | (value >= vocab_size))
+    fail(
+        "labels",
+        f"in [0, {vocab_size}) or ignore_index ({ignore_index})",
+        f"{value[bad][0].item()} among them",
+    )
+
+
+def _same_device(a: str, first: Tensor, b: str, second: Tensor) -> None:
+    if first.device != second.device:
+        fail(b, f"on {a}'s device {first.device}", second.device)

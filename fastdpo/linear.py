@@ -1,0 +1,449 @@
+"""hidden states and a head to label log-probabilities: the schedule and its gradient.
+
+For a row with label y, label logit a = z_y, anchor α, δ = α − a and S = Σ_{v ≠ y} exp(z_v − α) (what
+`exp_logits` returns), with E_v = exp(z_v − α) · d_v for v ≠ y and E_y = −S · d_y:
+
+    (1)  logp            = −log(1 + e^δ S)
+    (2)  r               = 1 / (e^−δ + S)                          softmax_v = r · exp(z_v − α)
+    (3)  ∂logp/∂z_v · d_v = −r E_v                                  for every v, the label included
+    (4)  ∂loss/∂hidden   = −gain · diag(g r) · E · weight           g = ∂loss/∂logp
+    (5)  ∂loss/∂weight   = −gain · Eᵀ · diag(g r) · hidden
+    (6)  ∂loss/∂bias     = −gain · Eᵀ · (g r)
+
+where d is the softcap's derivative and gain = scale / temperature (`fastdpo.head`). The row scale of (4) commutes
+with the product, so with a frozen head the forward already forms U = −gain · diag(r) · E · weight, block by
+block of rows, and the backward is g · U: two products in all. With a trainable head (5) needs g before its product:
+E is kept for as many columns of the vocabulary as `workspace_bytes` holds (three products), and the other
+columns are computed again in the backward (four). Columns and not rows are kept because each column of the
+weight's gradient is then one complete product: nothing of the weight's size is ever summed in 16 bits, and
+no fp32 copy of it is needed.
+
+16-bit E is kept as bf16 for bf16 inputs. fp16 has too little range for an anchor that is fixed before the sum is
+known, so with fp16 inputs E is always computed again in the backward, from the anchor that makes S = 2^10.
+
+The blocks of the forward depend on shapes and dtype alone, never on what is trained or kept: the policy
+and a reference with equal weights go through the same operations and agree to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
+from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.head import Head
+from fastdpo.rows import Rows
+
+STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+# Bytes of E for one block of rows in the forward, and for one block of columns computed again in the backward.
+_BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+_RECOMPUTE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+_DEFAULT_WORKSPACE = {"cpu": 512 << 20, "cuda": 2 << 30}
+_ROW_MULTIPLE = 64
+_COLUMN_MULTIPLE = 512
+# E's rows start on 128-byte boundaries, which bulk copies and matrix products like.
+_ROW_ALIGNMENT_BYTES = 128
+# Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40): the latter are far, and
+# log(1 + e^δ S) is taken in the log domain.
+_FAR = 20.0
+_HALF_LOG_SUM = 10 * math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of one call, and which gradients it must be ready for."""
+
+    stats: tuple[str, ...] = ()
+    workspace_bytes: int | None = None
+    backend: str | None = None
+    compute_dtype: torch.dtype | None = None  # what hidden and head are cast to first; None: as they are
+
+
+class TokenLogps(NamedTuple):
+    """Per row that carries loss: label log-probabilities and the statistics asked for, each [N]."""
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def token_logps(
+    hidden: Tensor,  # [M, D]
+    head: Head,
+    rows: Rows,
+    plan: Plan,
+) -> TokenLogps:
+    """Label log-probabilities of the rows that carry loss, differentiable in hidden, weight and bias."""
+    grad = torch.is_grad_enabled()
+    needs = Needs(*(grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)))
+    outputs = _TokenLogps.apply(hidden, head.weight, head.bias, head, rows, plan, needs)
+    return TokenLogps(outputs[0], **dict(zip(plan.stats, outputs[1:], strict=True)))
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head: Head, rows: Rows, plan: Plan, needs: Needs):
+        ctx.set_materialize_grads(False)
+        with _without_autocast(hidden):
+            head = dataclasses.replace(head, weight=weight, bias=bias)
+            x, cast = _operands(hidden, head, rows, plan)
+            forward = forward_pass(x, cast, rows.labels, plan, needs)
+        if needs.any:
+            ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.index, *forward.row_state)
+            ctx.kept, ctx.hidden_product = forward.kept, forward.hidden_product
+            ctx.head, ctx.total, ctx.plan, ctx.needs = _shell(head), rows.total, plan, needs
+        stats = tuple(forward.stats[name] for name in plan.stats)
+        ctx.mark_non_differentiable(
+            *(s for name, s in zip(plan.stats, stats, strict=True) if name != "entropy")
+        )
+        return forward.logps, *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps, *grad_stats):
+        if any(grad is not None for grad in grad_stats):
+            raise RuntimeError(
+                "fastdpo: the gradient of the entropy is not implemented; detach the entropy statistic before it "
+                "enters a loss"
+            )
+        if grad_logps is None:
+            return (None,) * 7
+        hidden, weight, bias, labels, index, *row_state = ctx.saved_tensors
+        rows = Rows(labels, index, ctx.total)
+        head = dataclasses.replace(ctx.head, weight=weight, bias=bias)
+        with _without_autocast(hidden):
+            grads = backward_pass(
+                grad_logps,
+                hidden,
+                head,
+                rows,
+                ctx.plan,
+                ctx.needs,
+                RowState(*row_state),
+                ctx.kept,
+                ctx.hidden_product,
+            )
+        return *grads, *(None,) * 4
+
+
+class Needs(NamedTuple):
+    """Which gradients will be asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.head
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
+
+
+class RowState(NamedTuple):
+    """What the backward must know of each row, [N] each."""
+
+    target: Tensor  # a
+    anchor: Tensor  # α
+    sum: Tensor  # S
+
+    @property
+    def inverse(self) -> Tensor:
+        """r of equation (2)."""
+        return 1.0 / (torch.exp(self.target - self.anchor) + self.sum)
+
+
+@dataclass
+class Kept:
+    """E for the first columns of the vocabulary; the backward may spend it as scratch, and says so."""
+
+    buffer: Tensor  # [N, K], rows padded
+    columns: int  # how many of them hold E
+
+
+class ForwardPass(NamedTuple):
+    logps: Tensor  # [N]
+    stats: dict[str, Tensor]  # [N] each
+    row_state: RowState
+    kept: Kept | None
+    hidden_product: Tensor | None  # U [N, D]
+
+
+def forward_pass(
+    x: Tensor,  # [N, D] rows that carry loss, in the compute dtype
+    head: Head,
+    labels: Tensor,  # [N]
+    plan: Plan,
+    needs: Needs,
+) -> ForwardPass:
+    n, vocab = x.shape[0], head.vocab_size
+    ready = x.dtype != torch.float16  # may E be formed before the sums are known?
+    backend = select.primitive("exp_logits", x, plan.backend)
+    target = select.primitive("target_logits", x, plan.backend).target_logits(x, head, labels)
+    block = row_block(vocab, x)
+
+    kept = product = scratch = None
+    if ready and needs.head:
+        columns = columns_kept(n, vocab, x, plan)
+        kept = Kept(padded_empty(n, columns, x), columns) if columns else None
+    elif ready and needs.hidden:
+        product = torch.empty_like(x)
+        scratch = padded_empty(min(block, n), vocab, x)
+
+    asked = tuple(s for s in plan.stats if s != "mean_logits" or head.softcap is not None)
+    parts: list[ExpSums] = []
+    for start in range(0, n, block):
+        rows = slice(start, min(start + block, n))
+        out = kept.buffer[rows] if kept else None if scratch is None else scratch[: rows.stop - start]
+        sums = backend.exp_logits(
+            x[rows], head, labels[rows], target[rows], out=out, stats=asked
+        )
+        parts.append(sums)
+        if out is not None:
+            state = RowState(target[rows], sums.anchor, sums.sum)
+            _set_label_entries(out, labels[rows], _label_entry(state, head))
+            if product is not None:
+                scale = (-head.gain * state.inverse).unsqueeze(1)
+                product[rows] = _product(out, head.weight) * scale
+    sums = _joined(parts, target)
+    state = RowState(target, sums.anchor, sums.sum)
+    logps = _logps(state)
+    stats = {name: _statistic(name, x, head, state, sums, logps) for name in plan.stats}
+    return ForwardPass(logps, stats, state, kept, product)
+
+
+def backward_pass(
+    grad_logps: Tensor,  # [N]
+    hidden: Tensor,  # [M, D]
+    head: Head,
+    rows: Rows,
+    plan: Plan,
+    needs: Needs,
+    state: RowState,
+    kept: Kept | None,
+    hidden_product: Tensor | None,  # U [N, D]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of hidden [M, D], weight [V, D] and bias [V] that are needed, else None."""
+    grad_logps = grad_logps.to(state.target.dtype)
+    if hidden_product is not None:
+        grad_rows = (hidden_product * grad_logps.unsqueeze(1)).to(hidden.dtype)
+        return rows.scatter(grad_rows), None, None
+
+    x, cast = _operands(hidden, head, rows, plan)
+    if x.dtype == torch.float16:
+        state = _renormalized(state)
+    coefficients = -head.gain * grad_logps * state.inverse  # [N], the diag of (4) to (6)
+    # fp16 has no room for small coefficients: take their size out of the product, and put it back in fp32.
+    size = coefficients.abs().amax().clamp_min(1e-30) if x.dtype == torch.float16 and len(x) else None
+    small = coefficients if size is None else coefficients / size
+    scaled = (x * small.unsqueeze(1)).to(x.dtype) if needs.weight else None  # [N, D]
+
+    grad_weight = torch.empty_like(head.weight) if needs.weight else None
+    grad_bias = torch.empty_like(head.bias) if needs.bias else None
+    grad_x = _HiddenGradient(x, complete=kept is not None and kept.columns == head.vocab_size)
+
+    for start, stop, e in _column_blocks(x, cast, rows.labels, plan, state, kept):
+        if grad_weight is not None:
+            part = grad_weight[start:stop]
+            if size is None and part.dtype == e.dtype:
+                torch.mm(e.t(), scaled, out=part)
+            else:
+                product = _product(e.t(), scaled)
+                part.copy_(product if size is None else product * size)
+        if grad_bias is not None:
+            grad_bias[start:stop] = _column_sums(e, coefficients)
+        if needs.hidden:
+            grad_x.add(e, cast.weight[start:stop], coefficients)
+    grad_rows = grad_x.value.to(hidden.dtype) if needs.hidden else None
+    return None if grad_rows is None else rows.scatter(grad_rows), grad_weight, grad_bias
+
+
+def _column_blocks(x, head, labels, plan, state, kept):
+    """(start, stop, E[:, start:stop]) over the vocabulary: what was kept, then the rest computed again."""
+    vocab, done = head.vocab_size, 0
+    buffer = None
+    if kept is not None:
+        buffer = kept.buffer
+        if kept.columns:
+            done = kept.columns
+            yield 0, done, buffer[:, :done]
+    if done == vocab:
+        return
+    if kept is not None:
+        kept.columns = 0  # its memory is scratch from here on: a second backward computes it again
+    if buffer is None:
+        width = max(_COLUMN_MULTIPLE, _by_device(_RECOMPUTE_BYTES, x) // max(1, len(x) * x.element_size()))
+        buffer = padded_empty(len(x), min(width, vocab), x)
+    backend = select.primitive("exp_logits", x, plan.backend)
+    entry = _label_entry(state, head)
+    for start in range(done, vocab, buffer.shape[1]):
+        stop = min(start + buffer.shape[1], vocab)
+        e = buffer[:, : stop - start]
+        backend.exp_logits(
+            x, head.columns(start, stop), labels - start, state.anchor, fixed_anchor=True, out=e, label_entry=entry
+        )
+        yield start, stop, e
+
+
+class _HiddenGradient:
+    """Σ over column blocks of diag(coefficients) · E · weight, each complete or summed in the accumulate dtype."""
+
+    def __init__(self, x: Tensor, complete: bool):
+        self._block, self._complete = x, complete
+        self.value: Tensor | None = None  # [N, D]
+
+    def add(self, e: Tensor, weight: Tensor, coefficients: Tensor) -> None:
+        if self.value is None:
+            dtype = self._block.dtype if self._complete else coefficients.dtype
+            self.value = self._block.new_zeros(self._block.shape, dtype=dtype)
+        block = row_block(weight.shape[0], self._block)
+        for start in range(0, e.shape[0], block):
+            rows = slice(start, start + block)
+            scale = coefficients[rows].unsqueeze(1)
+            if self._complete:
+                self.value[rows] = _product(e[rows], weight) * scale
+            else:
+                self.value[rows] += _wide_product(e[rows], weight) * scale
+
+
+def _operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tensor, Head]:
+    """The rows that carry loss and the head, in the compute dtype, contiguous."""
+    x = rows.gather(hidden)
+    dtype = plan.compute_dtype
+    if dtype is None:
+        return x.contiguous(), head
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return x.to(dtype).contiguous(), dataclasses.replace(head, weight=head.weight.to(dtype), bias=bias)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast:
+    """The dtypes here are chosen already (`Plan.compute_dtype`): autocast must not choose again."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _shell(head: Head) -> Head:
+    """The head without its tensors, which autograd saves itself."""
+    return dataclasses.replace(head, weight=head.weight.new_empty(0), bias=None)
+
+
+def _logps(state: RowState) -> Tensor:
+    """Equation (1), in the form that holds at each distance."""
+    delta = state.anchor - state.target
+    near = torch.log1p(torch.exp(delta.clamp(max=_FAR)) * state.sum)
+    far = torch.nn.functional.softplus(delta + torch.log(state.sum))
+    return -torch.where(delta <= _FAR, near, far)
+
+
+def _label_entry(state: RowState, head: Head) -> Tensor:
+    """E_y = −S · d_y."""
+    derivative = head.softcap_derivative(state.target)
+    return -state.sum if derivative is None else -state.sum * derivative
+
+
+def _set_label_entries(e: Tensor, labels: Tensor, entry: Tensor) -> None:
+    """E[t, y_t] = entry_t, where the label is among E's columns."""
+    column = labels.clamp(max=e.shape[1] - 1).unsqueeze(1)
+    inside = (labels < e.shape[1]).unsqueeze(1)
+    e.scatter_(1, column, torch.where(inside, entry.to(e.dtype).unsqueeze(1), e.gather(1, column)))
+
+
+def _renormalized(state: RowState) -> RowState:
+    """The same rows, anchored so that S = 2^10: E then fits fp16 from 2^10 down to 2^-34 of the sum."""
+    shift = torch.log(state.sum.clamp_min(torch.finfo(state.sum.dtype).tiny)) - _HALF_LOG_SUM
+    return RowState(state.target, state.anchor + shift, torch.full_like(state.sum, math.exp(_HALF_LOG_SUM)))
+
+
+def _statistic(
+    name: str, x: Tensor, head: Head, state: RowState, sums: ExpSums, logps: Tensor
+) -> Tensor:
+    delta = state.anchor - state.target
+    if name == "entropy":
+        # −Σ p log p with every logit taken from the label's (near) or from the anchor (far): no large numbers cancel.
+        near = -logps - state.inverse * (sums.entropy + delta * state.sum)
+        far = -torch.log(state.inverse) - state.inverse * (
+            sums.entropy - delta * torch.exp(-delta)
+        )
+        return torch.where(delta <= _FAR, near, far).clamp_min_(0.0)
+    if name == "log_sum_sq_probs":
+        own = torch.exp(2.0 * (COLLISION_SHIFT - delta))
+        return torch.log(sums.collision + own) - 2.0 * COLLISION_SHIFT + 2.0 * torch.log(state.inverse)
+    if name == "mean_logits":
+        if head.softcap is not None:
+            return (sums.logits + state.target) / head.vocab_size
+        mean = head.weight.mean(0, dtype=logps.dtype)
+        u = x.to(logps.dtype) @ mean
+        return head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
+    return state.target >= sums.top  # is_top1
+
+
+def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        empty = like.new_empty(0)
+        return ExpSums(empty, empty, empty, empty, empty, empty)
+    return ExpSums(*(None if p[0] is None else torch.cat(p) for p in zip(*parts, strict=True)))
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a · b where the sum is complete: accumulated in fp32 inside the product, rounded once at most."""
+    if a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return _wide_product(a, b) if a.dtype == torch.float16 else torch.mm(a, b)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a · b in the accumulate dtype, for products that are summed further."""
+    dtype = accumulate_dtype(a.dtype)
+    if a.dtype != dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _column_sums(e: Tensor, coefficients: Tensor) -> Tensor:
+    """Eᵀ · coefficients in the accumulate dtype, a tile of columns at a time."""
+    width = max(1, (4 << 20) // max(1, e.shape[0]))
+    return torch.cat([tile.to(coefficients.dtype).t() @ coefficients for tile in e.split(width, 1)])
+
+
+def columns_kept(n: int, vocab: int, x: Tensor, plan: Plan) -> int:
+    """How many columns of E the workspace holds for n rows: all, or a multiple of _COLUMN_MULTIPLE."""
+    budget = plan.workspace_bytes
+    if budget is None:
+        budget = _by_device(_DEFAULT_WORKSPACE, x)
+    row_bytes = budget // max(1, n)
+    if _padded(vocab, x) * x.element_size() <= row_bytes:
+        return vocab
+    return min(vocab, row_bytes // x.element_size()) // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE
+
+
+def row_block(vocab: int, x: Tensor) -> int:
+    """Rows of one forward block: a function of vocabulary, dtype and device alone."""
+    rows = _by_device(_BLOCK_BYTES, x) // (max(1, vocab) * x.element_size())
+    return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
+
+
+def padded_empty(n: int, columns: int, x: Tensor) -> Tensor:
+    """An uninitialised [n, columns] in x's dtype whose rows start on aligned addresses."""
+    return x.new_empty(n, _padded(columns, x))[:, :columns]
+
+
+def _padded(columns: int, x: Tensor) -> int:
+    step = _ROW_ALIGNMENT_BYTES // x.element_size()
+    return -(-columns // step) * step
+
+
+def _by_device(table: dict[str, int], x: Tensor) -> int:
+    return table["cuda" if x.is_cuda else "cpu"]

@@ -1,0 +1,631 @@
+"""What users import: DPO and its relatives from hidden states, without the logits.
+
+    linear_logps         hidden states and an lm_head to per-token log-probabilities
+    linear_dpo_loss      ... to the preference loss of a batch of pairs
+    get_batch_logps      materialized logits to sequence log-probabilities (the original DPO repository's)
+    preference_loss      sequence log-probabilities to losses and rewards (the original DPO repository's)
+    FusedLinearDPOLoss   a drop-in for Liger-Kernel's LigerFusedLinearDPOLoss
+
+Everything is checked here, before anything is computed: bad input gets a ValueError that names the argument. What the
+functions compute, and why it is fast, is in `fastdpo.linear`; the list of objectives is `fastdpo.objectives.OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdpo import checks, linear, objectives, rows, sequences
+from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.head import Head
+from fastdpo.logits import token_logps as _token_logps_of_logits
+
+__all__ = [
+    "FusedLinearDPOLoss",
+    "LinearDPOOutput",
+    "LinearLogps",
+    "get_batch_logps",
+    "linear_dpo_loss",
+    "linear_logps",
+    "preference_loss",
+]
+
+
+class LinearLogps(NamedTuple):
+    """Per-token results, each shaped like the labels; exactly 0 (False) at ignored positions, None where not asked for."""
+
+    logps: Tensor  # [...]
+    entropy: Tensor | None = None  # −Σ_v p_v log p_v, nats
+    log_sum_sq_probs: Tensor | None = None  # log Σ_v p_v²
+    mean_logits: Tensor | None = None  # (1/V) Σ_v z_v
+    is_top1: Tensor | None = None  # whether no logit exceeds the label's
+
+
+class LinearDPOOutput(NamedTuple):
+    """What `linear_dpo_loss` returns."""
+
+    loss: Tensor  # []
+    chosen_logps: Tensor  # [B]
+    rejected_logps: Tensor  # [B]
+    chosen_rewards: Tensor  # [B], detached
+    rejected_rewards: Tensor  # [B], detached
+
+
+def linear_logps(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...]
+    *,
+    bias: Tensor | None = None,  # [V]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    stats: Sequence[str] = (),
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+    row_index: Tensor | None = None,  # [N]
+) -> Tensor | LinearLogps:
+    """Per-token log-probabilities of `labels` under an lm_head, without materializing the logits.
+
+    The logits are `softcap(logit_scale · (hidden · weightᵀ + bias)) / temperature` with
+    `softcap(x) = cap · tanh(x / cap)`, and the result is `logits[label] − logsumexp(logits)`.
+
+    Args:
+        hidden: [..., D] last hidden states; fp32, bf16, fp16 or fp64, any strides. Positions that carry no loss
+            are left out before any product, and get a zero gradient.
+        weight: [V, D] the lm_head's weight, in hidden's dtype (any dtype under `torch.autocast`, which chooses the dtype
+            of the product as it does for `torch.nn.functional.linear`; gradients come back in the inputs' own).
+        labels: [...] integers, already aligned with hidden: the label of a position is the token to predict there.
+        bias: [V], optional, as weight.
+        logit_scale: multiplies the logits before the softcap (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        softcap: Gemma's `final_logit_softcapping`, positive, or None.
+        temperature: positive; divides the logits last.
+        ignore_index: the label of positions that carry no loss.
+        stats: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the result is then a `LinearLogps`. Statistics
+            come from the same pass and carry no gradient; a backward through the entropy raises RuntimeError.
+        workspace_bytes: memory that may be kept between forward and backward when the head is trained, beyond gradients.
+            None: 512 MiB on a CPU, 2 GiB on a GPU. More of it means less recomputation (3 instead of 4 products).
+        backend: "torch", "triton", "cuda", "auto", or None for the environment variable FASTDPO_BACKEND, else "auto".
+        row_index: [N] int64, the flattened positions that carry loss, ascending, where the caller knows them (a collator on
+            the CPU does). Nothing then waits for the GPU; all other positions are taken as ignored. Without it, labels
+            on a GPU cost exactly one synchronisation, which also checks that they are in range.
+
+    Returns:
+        Log-probabilities shaped like labels, in fp32 (fp64 for fp64 inputs), exactly 0 at ignored positions;
+        with `stats` a `LinearLogps` whose first field they are. Differentiable once in hidden, weight and bias.
+
+    Raises:
+        ValueError: naming the argument, for shapes, dtypes or devices that do not fit, a label outside [0, V)
+            that is not `ignore_index`, or an option outside its range.
+        fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
+    """
+    head = checks.head(
+        hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
+    )
+    labels = checks.labels(labels, hidden.shape[:-1], hidden)
+    plan = _plan(hidden, stats, workspace_bytes, backend)
+    carrying = checks.label_rows(labels.flatten(), ignore_index, head.vocab_size, row_index)
+    tokens = linear.token_logps(hidden.reshape(-1, hidden.shape[-1]), head, carrying, plan)
+    fields = (None if t is None else carrying.scatter(t).view(labels.shape) for t in tokens)
+    result = LinearLogps(*fields)
+    return result if plan.stats else result.logps
+
+
+def linear_dpo_loss(
+    hidden: Tensor,  # [2B, T, D] or [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [2B, T] or [N]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ref_logps: Tensor | None = None,  # [2B] or like labels
+    ref_hidden: Tensor | None = None,  # [2B, T, D'] or [N, D']
+    ref_weight: Tensor | None = None,  # [V, D']
+    ref_bias: Tensor | None = None,  # [V]
+    beta: float = 0.1,
+    objective: str | Sequence[str] | Mapping[str, float] = "sigmoid",
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    pairs: str = "concatenated",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+    cu_seqlens: Tensor | None = None,  # [2B + 1]
+    row_index: Tensor | None = None,  # [N]
+    **objective_options: object,
+) -> LinearDPOOutput:
+    """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al., arXiv 2305.18290).
+
+        loss = mean over pairs of −log σ(β · (h(chosen) − h(rejected)))     h = Σ_t log π − log π_ref
+
+    for the default objective; see `fastdpo.objectives.OBJECTIVES` for the others.
+
+    Args:
+        hidden: [2B, T, D] the policy's last hidden states; or packed, [N, D] with `cu_seqlens`.
+        weight, bias, logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend, row_index: the head and
+            the options of `linear_logps`. Scale, softcap and temperature are the reference head's too.
+        labels: [2B, T] (packed: [N]), aligned with hidden: the label of a position is the token to predict there.
+        ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss (averages where
+            `average_log_prob`, weighted where `ld_alpha`), or per token, shaped like labels.
+        ref_hidden, ref_weight, ref_bias: the reference as its hidden states and head instead (no gradient is computed; its
+            hidden size may differ). ref_weight None means the policy's weight and bias, as for adapters that leave the head.
+            With neither, the loss is reference-free.
+        beta: the strength of the pull towards the reference, positive.
+        objective: a name in OBJECTIVES, or several: a sequence with the option `loss_weights`, or {name: weight} (MPO).
+        label_smoothing: the probability that a label is flipped, for the objectives that define it.
+        average_log_prob: divide each sequence's log-probability by its number of tokens that carry loss.
+        pairs: "concatenated" (first half chosen, second half rejected) or "interleaved" (even rows chosen).
+        cu_seqlens: [2B + 1] int32 or int64, where each packed sequence starts and ends (flash-attention's).
+        **objective_options: the options of the objective, among them `f_divergence`, `sft_weight`, `ld_alpha`,
+            `use_weighting`; see its entry.
+
+    Returns:
+        LinearDPOOutput: the scalar loss, the sequences' log-probabilities and implicit rewards
+        r = β · (log π − log π_ref), in fp32 (fp64 for fp64 inputs). An empty batch, or one that is ignored throughout,
+        gives a finite loss with zero gradients.
+
+    Raises:
+        ValueError: naming the argument, before anything is computed.
+        fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
+    """
+    head = checks.head(
+        hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
+    )
+    pairs = checks.pairs(pairs)
+    labels = checks.labels(labels, _batch_shape(hidden, cu_seqlens), hidden)
+    ref_head = _reference_head(ref_logps, ref_hidden, ref_weight, ref_bias, hidden, head)
+    has_reference = ref_logps is not None or ref_head is not None
+    resolved = objectives.resolve(
+        objective,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        has_reference=has_reference,
+        options=objective_options,
+    )
+    flat = labels.flatten()
+    lengths_of = _lengths(labels, ignore_index, cu_seqlens, row_index)
+    count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    _check_count(count, resolved, cu_seqlens)
+    per_token_reference = _check_ref_logps(ref_logps, labels, count, resolved)
+    plan = _plan(hidden, ("log_sum_sq_probs",) if resolved.wpo else (), workspace_bytes, backend)
+    carrying = checks.label_rows(flat, ignore_index, head.vocab_size, row_index)
+
+    tokens = linear.token_logps(hidden.reshape(-1, hidden.shape[-1]), head, carrying, plan)
+    lengths = lengths_of()
+    if ref_head is not None:
+        with torch.no_grad():
+            ref_plan = _plan(ref_hidden, (), workspace_bytes, backend)
+            ref_rows = ref_hidden.reshape(-1, ref_hidden.shape[-1])
+            ref_tokens = linear.token_logps(ref_rows, ref_head, carrying, ref_plan).logps
+    elif per_token_reference:
+        ref_tokens = carrying.gather(ref_logps.detach().flatten()).to(tokens.logps.dtype)
+    else:
+        ref_tokens = None
+    return _sequence_objective(
+        tokens, ref_tokens, ref_logps, lengths, resolved, average_log_prob, pairs, plan.backend
+    )
+
+
+def get_batch_logps(
+    logits: Tensor,  # [S, T, V]
+    labels: Tensor,  # [S, T]
+    average_log_prob: bool = False,
+) -> Tensor:  # [S]
+    """Sequence log-probabilities from materialized logits, as the original DPO repository's `_get_batch_logps`.
+
+    Labels are shifted here: the logits of position t predict the label of position t + 1. The logits are read once, and their
+    gradient is written over them where nothing else holds them and the graph is not retained.
+
+    Args:
+        logits: [S, T, V], any floating-point dtype.
+        labels: [S, T] integers; −100 carries no loss. They are not modified.
+        average_log_prob: the mean over the tokens that carry loss instead of the sum.
+
+    Returns:
+        [S] in fp32 (fp64 for fp64 logits); 0 for a sequence without tokens that carry loss, where the
+        original's average would be NaN.
+
+    Raises:
+        ValueError: naming the argument, for shapes that do not fit or a label outside [0, V) that is not −100.
+    """
+    checks.is_tensor("logits", logits)
+    if not logits.is_floating_point() or logits.dim() != 3:
+        checks.fail("logits", "of a floating-point dtype and shape [S, T, V]", checks.shape(logits))
+    labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
+    # One look at the labels checks them; their rows are not needed here, ignored ones are skipped by the kernel.
+    checks.label_rows(shifted.flatten(), -100, logits.shape[-1], None)
+    head = Head(logits.new_empty(0))
+    per_token = _token_logps_of_logits(logits, shifted.masked_fill(shifted == -100, -1), head)
+    lengths = (shifted != -100).sum(-1)
+    all_rows = torch.full_like(lengths, shifted.shape[1])
+    sums = sequences.sequence_sums(per_token.flatten(), all_rows)
+    return sums / lengths.clamp(min=1) if average_log_prob else sums
+
+
+
+
+
+def preference_loss(
+    policy_chosen_logps: Tensor,  # [B]
+    policy_rejected_logps: Tensor,  # [B]
+    reference_chosen_logps: Tensor,  # [B]
+    reference_rejected_logps: Tensor,  # [B]
+    beta: float,
+    label_smoothing: float = 0.0,
+    ipo: bool = False,
+    reference_free: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DPO losses and rewards from sequence log-probabilities, as the original DPO repository's `preference_loss`.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps: [B] each.
+        beta: positive.
+        label_smoothing: in [0, 0.5); conservative DPO (Mitchell 2023).
+        ipo: the IPO loss (Azar et al., arXiv 2310.12036) instead; label smoothing does not apply to it.
+        reference_free: take the reference as uniform in the loss (the rewards still use the one given).
+
+    Returns:
+        (losses [B], chosen_rewards [B], rejected_rewards [B]), the rewards detached.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    given = {
+        "policy_chosen_logps": policy_chosen_logps,
+        "policy_rejected_logps": policy_rejected_logps,
+        "reference_chosen_logps": reference_chosen_logps,
+        "reference_rejected_logps": reference_rejected_logps,
+    }
+    for name, value in given.items():
+        checks.is_tensor(name, value)
+        if value.shape != policy_chosen_logps.shape:
+            checks.fail(name, f"of shape {checks.shape(policy_chosen_logps)}", checks.shape(value))
+    checks.is_number("beta", beta, positive=True)
+    if not 0.0 <= label_smoothing < 0.5:
+        checks.fail("label_smoothing", "in [0, 0.5)", label_smoothing)
+    if ipo and label_smoothing:
+        checks.fail("label_smoothing", "0 with ipo, whose loss does not define it", label_smoothing)
+    margins = policy_chosen_logps - policy_rejected_logps
+    if not reference_free:
+        margins = margins - (reference_chosen_logps - reference_rejected_logps)
+    if ipo:
+        losses = (margins - 1 / (2 * beta)) ** 2
+    else:
+        losses = -(
+            F.logsigmoid(beta * margins) * (1 - label_smoothing)
+            + F.logsigmoid(-beta * margins) * label_smoothing
+        )
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()
+    return losses, chosen_rewards, rejected_rewards
+
+
+class FusedLinearDPOLoss(torch.nn.Module):
+    """A drop-in for Liger-Kernel's `LigerFusedLinearDPOLoss`: the same arguments, values and gradients.
+
+    Where it differs: label smoothing works with "sigmoid" too (Liger ignores it there), "ipo" works, a batch without
+    tokens that carry loss gives 0 and not NaN, and every objective of `fastdpo.objectives` over pairs is accepted.
+
+    Args:
+        ignore_index: label of positions that carry no loss.
+        beta: positive.
+        alpha: weight of the NLL of the chosen answers, where `compute_nll_loss`.
+        compute_nll_loss: whether to add it.
+        compiled, chunk_size: tune Liger's internals; accepted, and there is nothing here for them to tune.
+        use_ref_model: whether the reference's hidden states and weight are given to `forward`.
+        average_log_prob: divide each sequence's log-probability by its number of tokens.
+        loss_type: the objective's name.
+        label_smoothing: for the objectives that define it.
+        discopop_tau: the temperature of "discopop"; unused by the others, as in Liger.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+    ):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.alpha = alpha
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+        self.loss_type = loss_type
+        self.label_smoothing = label_smoothing
+        self.discopop_tau = discopop_tau
+        self._resolve()
+
+    def _resolve(self) -> objectives.ResolvedObjective:
+        return objectives.resolve(
+            self.loss_type,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            has_reference=self.use_ref_model,
+            options={"discopop_tau": self.discopop_tau} if self.loss_type == "discopop" else {},
+        )
+
+    def forward(
+        self,
+        lin_weight: Tensor,  # [V, D]
+        _input: Tensor,  # [2B, T, D]
+        target: Tensor,  # [2B, T]
+        bias: Tensor | None = None,  # [V]
+        ref_input: Tensor | None = None,  # [2B, T, D']
+        ref_weight: Tensor | None = None,  # [V, D']
+        ref_bias: Tensor | None = None,  # [V]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
+        chosen_rewards, rejected_rewards).
+
+        The first half of the batch is chosen, the second rejected; target is aligned with _input. The means of the
+        logits are over every position and vocabulary entry, ignored positions included, as Liger's.
+
+        Raises:
+            ValueError: naming the argument.
+        """
+        if self.use_ref_model and (ref_input is None or ref_weight is None):
+            checks.fail("ref_input and ref_weight", "given where use_ref_model", "None")
+        resolved = self._resolve()
+        if not self.use_ref_model:
+            ref_input = ref_weight = ref_bias = None
+        head = checks.head(_input, lin_weight, bias, logit_scale=1.0, softcap=None, temperature=1.0)
+        labels = checks.labels(target, _batch_shape(_input, None), _input, of="_input")
+        ref_head = _reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
+        _check_count(labels.shape[0], resolved, None)
+        plan = _plan(_input, (), None, None)
+        carrying = checks.label_rows(labels.flatten(), self.ignore_index, head.vocab_size, None)
+
+        tokens = linear.token_logps(_input.reshape(-1, _input.shape[-1]), head, carrying, plan)
+        ref_tokens = None
+        if ref_head is not None:
+            with torch.no_grad():
+                ref_rows = ref_input.reshape(-1, ref_input.shape[-1])
+                ref_tokens = linear.token_logps(
+                    ref_rows, ref_head, carrying, _plan(ref_input, (), None, None)
+                ).logps
+        lengths = rows.lengths_padded(labels, self.ignore_index)
+        output = _sequence_objective(
+            tokens, ref_tokens, None, lengths, resolved, self.average_log_prob, "concatenated", None
+        )
+        loss, nll = output.loss, output.loss.new_zeros(())
+        if self.compute_nll_loss:
+            nll = _chosen_nll(tokens.logps, lengths, "concatenated")
+            loss = loss + self.alpha * nll
+        means = [_mean_logits(half, head) for half in _input.detach().chunk(2)]
+        return loss, (
+            output.chosen_logps.detach(),
+            output.rejected_logps.detach(),
+            *means,
+            nll.detach(),
+            output.chosen_rewards,
+            output.rejected_rewards,
+        )
+
+
+def _plan(
+    hidden: Tensor, stats: Sequence[str], workspace_bytes: int | None, backend: str | None
+) -> linear.Plan:
+    return linear.Plan(
+        checks.stats(stats),
+        checks.workspace_bytes(workspace_bytes),
+        checks.backend(backend),
+        checks.compute_dtype(hidden),
+    )
+
+
+def _batch_shape(hidden: Tensor, cu_seqlens: Tensor | None) -> torch.Size:
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            checks.fail(
+                "hidden", "of shape [2B, T, D], or [N, D] with cu_seqlens", checks.shape(hidden)
+            )
+    else:
+        if hidden.dim() != 2:
+            checks.fail("hidden", "of shape [N, D] with cu_seqlens", checks.shape(hidden))
+        checks.cu_seqlens(cu_seqlens, hidden.shape[0], hidden)
+    return hidden.shape[:-1]
+
+
+def _reference_head(
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    hidden: Tensor,
+    head: Head,
+) -> Head | None:
+    """The reference's head, or None where there is no reference or its log-probabilities are given."""
+    if ref_hidden is None:
+        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                checks.fail(name, "given only with ref_hidden", "it alone")
+        return None
+    if ref_logps is not None:
+        checks.fail("ref_logps", "None where ref_hidden is given: one kind of reference", "both")
+    if ref_weight is None:
+        if ref_bias is not None:
+            checks.fail("ref_bias", "given only with ref_weight", "it alone")
+        ref_weight, ref_bias = head.weight, head.bias
+    ref_head = checks.head(
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        logit_scale=head.scale,
+        softcap=head.softcap,
+        temperature=head.temperature,
+        prefix="ref_",
+    )
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        checks.fail("ref_hidden", f"of shape {[*hidden.shape[:-1], 'D']}", checks.shape(ref_hidden))
+    if ref_head.vocab_size != head.vocab_size:
+        checks.fail("ref_weight", f"of shape [{head.vocab_size}, D]", checks.shape(ref_weight))
+    if ref_hidden.device != hidden.device:
+        checks.fail("ref_hidden", f"on hidden's device {hidden.device}", ref_hidden.device)
+    return ref_head
+
+
+def _check_count(
+    count: int, resolved: objectives.ResolvedObjective, cu_seqlens: Tensor | None
+) -> None:
+    if resolved.layout == "pairs" and count % 2:
+        name = "labels" if cu_seqlens is None else "cu_seqlens"
+        checks.fail(name, "of an even number of sequences, chosen and rejected", f"{count} sequences")
+
+
+def _check_ref_logps(
+    ref_logps: Tensor | None,
+    labels: Tensor,
+    count: int,
+    resolved: objectives.ResolvedObjective,
+) -> bool:
+    """Whether ref_logps is per token."""
+    if ref_logps is None:
+        return False
+    checks.is_tensor("ref_logps", ref_logps)
+    if not ref_logps.is_floating_point():
+        checks.fail("ref_logps", "of a floating-point dtype", ref_logps.dtype)
+    if ref_logps.device != labels.device:
+        checks.fail("ref_logps", f"on hidden's device {labels.device}", ref_logps.device)
+    if ref_logps.shape == (count,):
+        return False
+    if ref_logps.shape != labels.shape:
+        checks.fail(
+            "ref_logps", f"of shape [{count}] or {checks.shape(labels)}", checks.shape(ref_logps)
+        )
+    return True
+
+
+def _lengths(
+    labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None, row_index: Tensor | None
+):
+    """A function of nothing that gives the rows of each sequence that carry loss, [S]."""
+    if row_index is not None:
+        mask = torch.ones_like(labels).flatten()
+
+        def carried() -> Tensor:
+            mask.fill_(ignore_index).index_fill_(0, row_index, ignore_index + 1)
+            return mask.view(labels.shape)
+    else:
+
+        def carried() -> Tensor:
+            return labels
+
+    if cu_seqlens is None:
+        return lambda: rows.lengths_padded(carried(), ignore_index)
+    return lambda: rows.lengths_packed(carried(), cu_seqlens, ignore_index)
+
+
+def _sequence_objective(
+    tokens: linear.TokenLogps,
+    ref_tokens: Tensor | None,  # [N]
+    ref_logps: Tensor | None,  # [S], where ref_tokens is None
+    lengths: Tensor,  # [S]
+    resolved: objectives.ResolvedObjective,
+    average: bool,
+    pairs: str,
+    backend: str | None,
+) -> LinearDPOOutput:
+    """Per-token log-probabilities of the rows that carry loss to the loss."""
+    logps = tokens.logps
+    if resolved.ld_alpha is not None:
+        weights = _ld_weights(lengths, logps.shape[0], pairs, resolved.ld_alpha).to(logps.dtype)
+        logps = logps * weights
+        ref_tokens = None if ref_tokens is None else ref_tokens * weights
+    count = lengths.clamp(min=1).to(logps.dtype) if average else None
+    if ref_tokens is not None:
+        ref_logps = sequences.sequence_sums(ref_tokens, lengths)
+        ref_logps = ref_logps if count is None else ref_logps / count
+    elif ref_logps is not None:
+        ref_logps = ref_logps.detach().to(logps.dtype)
+    if resolved.fused_sigmoid:
+        loss, sums, rewards = sequences.sigmoid_loss(
+            logps,
+            lengths,
+            ref_logps,
+            beta=resolved.beta,
+            label_smoothing=resolved.label_smoothing,
+            average=average,
+            pairs=pairs,
+            backend=backend,
+        )
+        return LinearDPOOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
+    sums = sequences.sequence_sums(logps, lengths)
+    weights = None
+    if resolved.wpo:
+        offsets = sequences.offsets_of(lengths)
+        weights = objectives.wpo_weights(tokens.logps, tokens.log_sum_sq_probs, offsets)
+    output = resolved(
+        objectives.SequenceLogps(
+            logps=sums if count is None else sums / count,
+            ref_logps=ref_logps,
+            lengths=lengths,
+            weights=weights,
+            nll=_chosen_nll(tokens.logps, lengths, pairs) if resolved.needs_nll else None,
+            pairs=pairs,
+        )
+    )
+    return LinearDPOOutput(*output)
+
+
+def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B], [B]
+    if pairs == "concatenated":
+        half = values.shape[0] // 2
+        return values[:half], values[half:]
+    return values[::2], values[1::2]
+
+
+def _chosen_nll(
+    logps: Tensor,  # [N]
+    lengths: Tensor,  # [2B]
+    pairs: str,
+) -> Tensor:  # []
+    """The mean negative log-likelihood of the chosen answers' tokens; 0 where there are none."""
+    chosen, _ = _split(sequences.sequence_sums(logps, lengths), pairs)
+    tokens, _ = _split(lengths, pairs)
+    return -chosen.sum() / tokens.sum().clamp(min=1)
+
+
+def _ld_weights(
+    lengths: Tensor,  # [2B]
+    total: int,
+    pairs: str,
+    ld_alpha: float,
+) -> Tensor:  # [N]
+    """LD-DPO's weight of each row: `ld_alpha` beyond the length that the pair's answers share."""
+    sequence = torch.arange(lengths.numel(), device=lengths.device)
+    sequence = sequence.repeat_interleave(lengths, output_size=total)
+    position = torch.arange(total, device=lengths.device)
+    position = position - sequences.offsets_of(lengths)[sequence]
+    return objectives.ld_token_weights(lengths, position, sequence, ld_alpha, pairs=pairs)
+
+
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, head: Head) -> Tensor:  # [B, T, D] -> []
+    """The mean logit over positions and vocabulary, from the means of its two factors."""
+    dtype = accumulate_dtype(hidden.dtype)
+    mean_hidden = hidden.reshape(-1, hidden.shape[-1]).mean(0, dtype=dtype)
+    mean = mean_hidden @ head.weight.detach().mean(0, dtype=dtype)
+    return mean if head.bias is None else mean + head.bias.detach().mean(dtype=dtype)
