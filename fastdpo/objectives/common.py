@@ -1,0 +1,119 @@
+"""Options that combine with many objectives instead of belonging to one, and which objectives those
+are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from fastdpo.objectives.divergences import F_DIVERGENCES
+from fastdpo.objectives.registry import (
+    FINITE,
+    NON_NEGATIVE,
+    OBJECTIVES,
+    Objective,
+    Option,
+    Range,
+    flag,
+    number,
+)
+
+
+@dataclass(frozen=True)
+class CommonOption:
+    """An option that combines with many objectives instead of belonging to one."""
+
+    option: Option
+    taken_by: Callable[[Objective], bool]
+
+    def takers(self) -> list[str]:
+        return [name for name, entry in OBJECTIVES.items() if self.taken_by(entry)]
+
+
+def _optional(option: Option) -> Option:
+    """The same option, where None means that it is not given."""
+    return Option(
+        option.name,
+        None,
+        option.valid,
+        lambda value: value is None or option.check(value),
+        option.doc,
+    )
+
+
+def _on_pairs(entry: Objective) -> bool:
+    return entry.layout == "pairs"
+
+
+def _takes_divergence(entry: Objective) -> bool:
+    return entry.f_divergence != "refused"
+
+
+def _is_weights(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, (list, tuple)) and all(weight in NON_NEGATIVE for weight in value)
+
+
+_SFT_DOC = "RPO: weight of the chosen answers' NLL, added to the loss (arXiv 2404.19733)"
+COMMON_OPTIONS: Final[dict[str, CommonOption]] = {
+    common.option.name: common
+    for common in (
+        CommonOption(
+            Option(
+                "f_divergence",
+                "reverse_kl",
+                f"one of {', '.join(F_DIVERGENCES)}",
+                lambda value: isinstance(value, str) and value in F_DIVERGENCES,
+                "f-DPO: the divergence from the reference (arXiv 2309.16240)",
+            ),
+            _takes_divergence,
+        ),
+        CommonOption(
+            _optional(
+                number(
+                    "f_alpha_divergence_coef",
+                    0.5,
+                    FINITE,
+                    "α of alpha_divergence; 0.5 if not given",
+                )
+            ),
+            _takes_divergence,
+        ),
+        CommonOption(_optional(number("sft_weight", None, NON_NEGATIVE, _SFT_DOC)), _on_pairs),
+        CommonOption(
+            _optional(number("rpo_alpha", None, NON_NEGATIVE, "another name of sft_weight")),
+            _on_pairs,
+        ),
+        CommonOption(
+            _optional(
+                number(
+                    "ld_alpha",
+                    None,
+                    Range(0.0, 1.0),
+                    "LD-DPO: weight of tokens beyond the pair's shared length (arXiv 2409.06411)",
+                )
+            ),
+            _on_pairs,
+        ),
+        CommonOption(
+            flag(
+                "use_weighting",
+                False,
+                "WPO: multiply each pair's loss by its two weights (arXiv 2406.11827)",
+            ),
+            lambda entry: entry.weightable,
+        ),
+        CommonOption(
+            Option(
+                "loss_weights",
+                None,
+                "a list of numbers in [0, ∞), one for each objective",
+                _is_weights,
+                "MPO: weights of a list of objectives, 1 each if not given (arXiv 2411.10442)",
+            ),
+            lambda entry: True,
+        ),
+    )
+}

@@ -1,0 +1,71 @@
+"""f-divergences between policy and reference in place of the reverse KL.
+
+With a divergence D_f in the constrained problem, the optimal policy satisfies r = β · f'(π/π_ref) +
+a term of the prompt alone, so the log-ratio h = log π/π_ref in a loss of reward differences becomes
+the score f'(e^h) (Wang et al. 2023, arXiv 2309.16240). Constants cancel in the difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# No exponential of more than this is taken: e^80 = 5.5e34 leaves fp32 (up to 3.4e38) room for sums.
+# Beyond it a score is constant and its gradient 0.
+MAX_EXPONENT: Final = 80.0
+# As close to 1 as α has to be for the α-divergence to be its limit, the reverse KL.
+_ALPHA_LIMIT: Final = 1e-6
+
+
+@dataclass(frozen=True)
+class FDivergence:
+    """Score f'(e^h) of log-ratios h."""
+
+    name: str
+    alpha: float = 0.5  # of the α-divergence
+
+    def __call__(self, ratios: Tensor) -> Tensor:  # any shape, elementwise
+        return _SCORES[self.name](ratios, self.alpha)
+
+    @property
+    def is_reverse_kl(self) -> bool:
+        limit = self.name == "alpha_divergence" and abs(self.alpha - 1.0) < _ALPHA_LIMIT
+        return self.name == "reverse_kl" or limit
+
+
+def _reverse_kl(ratios: Tensor, alpha: float) -> Tensor:
+    """f'(t) = log t + 1, without its constant."""
+    return ratios
+
+
+def _forward_kl(ratios: Tensor, alpha: float) -> Tensor:
+    """f'(t) = 1 − 1/t."""
+    return -torch.expm1((-ratios).clamp(max=MAX_EXPONENT))
+
+
+def _js_divergence(ratios: Tensor, alpha: float) -> Tensor:
+    """f'(t) = log(2t / (1 + t))."""
+    return math.log(2.0) + F.logsigmoid(ratios)
+
+
+def _alpha_divergence(ratios: Tensor, alpha: float) -> Tensor:
+    """f'(t) = (t^(α − 1) − 1) / (α − 1), log t in the limit α → 1."""
+    power = alpha - 1.0
+    if abs(power) < _ALPHA_LIMIT:
+        return ratios
+    return torch.expm1((power * ratios).clamp(max=MAX_EXPONENT)) / power
+
+
+_SCORES: Final[dict[str, Callable[[Tensor, float], Tensor]]] = {
+    "reverse_kl": _reverse_kl,
+    "forward_kl": _forward_kl,
+    "js_divergence": _js_divergence,
+    "alpha_divergence": _alpha_divergence,
+}
+F_DIVERGENCES: Final = tuple(_SCORES)

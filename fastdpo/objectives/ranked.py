@@ -1,0 +1,43 @@
+"""Objectives on rankings of K answers to one prompt."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdpo.objectives.layouts import Ranked
+from fastdpo.objectives.registry import REQUIRED, Option, objective
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 2
+
+
+@objective(
+    "plackett_luce",
+    formula="−Σₖ log( exp(β · hₖ) / Σ_{j≥k} exp(β · hⱼ) ) over the ranks k = 1..K, best first",
+    paper="Rafailov et al. 2023, arXiv 2305.18290, appendix A.3",
+    options=(
+        Option(
+            "num_candidates",
+            REQUIRED,
+            "an integer of at least 2",
+            _is_count,
+            "answers per prompt, K",
+        ),
+    ),
+    reference="optional",
+    layout="ranked",
+    weightable=False,
+)
+def plackett_luce(r: Ranked, *, num_candidates: int) -> Tensor:
+    """−Σₖ log softmax over the answers from rank k on: the DPO loss of a whole ranking, equation 20
+    of Rafailov et al. 2023. With K = 2 it is the sigmoid loss, to the bit."""
+    loss = torch.zeros_like(r.ratios[0])
+    for k in range(num_candidates - 1):
+        # The ratio of rank k to the sum of those behind it, as a sigmoid of a log-sum of
+        # differences.
+        behind = torch.logsumexp(r.beta * (r.ratios[k + 1 :] - r.ratios[k]), dim=0)
+        loss = loss - F.logsigmoid(-behind)
+    return loss
