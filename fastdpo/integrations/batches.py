@@ -1,0 +1,97 @@
+"""A batch of preference pairs as trainers collate it, checked and taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+_REFERENCE_KEYS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """2B sequences, the B chosen ones first."""
+
+    input_ids: Tensor  # [2B, T]
+    labels: Tensor  # [2B, T] same positions as input_ids; -100 carries no loss
+    attention_mask: Tensor | None  # [2B, T]
+    ref_logps: Tensor | None  # [2B] the reference's, computed beforehand
+    model_kwargs: dict[str, Any]  # everything else: pixel_values, position_ids, ...
+
+
+def shift_labels(labels: Tensor) -> Tensor:  # [S, T] -> [S, T]
+    """The label of each position's prediction: the next position's label, and none at the end."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, : labels.shape[1]]
+
+
+def unshift(values: Tensor) -> Tensor:  # [S, T] -> [S, T]
+    """The inverse for what was computed per prediction: column t is about token t, column 0 is empty."""
+    return F.pad(values[:, :-1], (1, 0))[:, : values.shape[1]]
+
+
+def check_sequences(
+    input_ids: Tensor,  # [S, T]
+    labels: Tensor,  # [S, T]
+    attention_mask: Tensor | None,  # [S, T]
+    name: str = "labels",
+) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        shape = getattr(input_ids, "shape", type(input_ids).__name__)
+        raise ValueError(f"input_ids should be a tensor of shape [S, T], got {shape}")
+    for argument, value in ((name, labels), ("attention_mask", attention_mask)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != input_ids.shape:
+            shape = getattr(value, "shape", type(value).__name__)
+            raise ValueError(
+                f"{argument} should have the shape of input_ids, {tuple(input_ids.shape)}, got {shape}"
+            )
+
+
+def preference_batch(batch: Mapping[str, Any]) -> PreferenceBatch:
+    """Takes apart what a collator made, in TRL's names.
+
+    Raises:
+        ValueError: naming the key that is missing, superfluous or of the wrong shape.
+    """
+    rest = dict(batch)
+    if "input_ids" not in rest:
+        raise ValueError(f"batch should have the key 'input_ids', got {sorted(rest)}")
+    input_ids, attention_mask = rest.pop("input_ids"), rest.pop("attention_mask", None)
+    given = [key for key in ("labels", "completion_mask") if rest.get(key) is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"batch should have one of the keys 'labels' and 'completion_mask', got {given or 'neither'}"
+        )
+    labels, completion_mask = rest.pop("labels", None), rest.pop("completion_mask", None)
+    check_sequences(input_ids, labels if completion_mask is None else completion_mask, attention_mask, given[0])
+    if input_ids.shape[0] % 2:
+        raise ValueError(
+            "batch['input_ids'] should hold an even number of sequences, chosen then rejected, "
+            f"got {input_ids.shape[0]}"
+        )
+    if completion_mask is not None:
+        labels = torch.where(completion_mask.bool(), input_ids, IGNORE_INDEX)
+    return PreferenceBatch(
+        input_ids, labels, attention_mask, _reference(rest, input_ids.shape[0] // 2), rest
+    )
+
+
+def _reference(rest: dict[str, Any], pairs: int) -> Tensor | None:
+    values = {key: rest.pop(key, None) for key in _REFERENCE_KEYS}
+    missing = [key for key, value in values.items() if value is None]
+    if len(missing) == len(values):
+        return None
+    if missing:
+        raise ValueError(f"batch has precomputed reference log-probabilities, but no {missing[0]!r}")
+    for key, value in values.items():
+        if not isinstance(value, Tensor) or value.shape != (pairs,):
+            shape = getattr(value, "shape", type(value).__name__)
+            raise ValueError(f"batch[{key!r}] should have shape ({pairs},), got {shape}")
+    return torch.cat(list(values.values()))

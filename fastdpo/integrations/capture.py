@@ -1,0 +1,144 @@
+"""Runs a model up to its lm_head and no further: the hidden states that the head would have multiplied.
+
+For the duration of one forward the head's place in the model is taken by a `HeadTap`, which keeps its input and
+lets the real head see zero rows of it. Everything before the head (and around it: wrappers, hooks, a scaling of
+the hidden states, BERT's transform) runs as the model wrote it, and the logits it returns are [.., 0, V]. A
+module rather than a forward hook, because torch.compile guards on modules and not on hooks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.head import Head
+from fastdpo.integrations import probe
+from fastdpo.integrations.families import head_rule
+from fastdpo.integrations.unwrap import (
+    UnsupportedModel,
+    causal_lm,
+    output_head,
+    peft_model,
+    read_head,
+)
+
+
+class Captured(NamedTuple):
+    """What one forward left behind."""
+
+    hidden: Tensor  # [S, T, D] the lm_head's input
+    head: Head
+    autocast_dtype: torch.dtype | None  # the autocast that was in force at the head, None for none
+    aux_loss: Tensor | None  # [] the routers' balancing loss of a mixture of experts, where it was asked for
+
+
+class HeadTap(nn.Module):
+    """Stands in for an output head: keeps the input, gives the real head no rows (or the probe's)."""
+
+    def __init__(self, head: nn.Module, probing: bool):
+        super().__init__()
+        self.head = head
+        self.probing = probing
+        self.hidden: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.autocast_dtype: torch.dtype | None = None
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at their head's weight (`hidden.to(self.lm_head.weight.dtype)`).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("head"), name)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        self.hidden = hidden
+        device_type = hidden.device.type
+        if torch.is_autocast_enabled(device_type):
+            self.autocast_dtype = torch.get_autocast_dtype(device_type)
+        if self.probing:
+            self.rows = probe.probe_rows(hidden)
+            return self.head(self.rows)
+        return self.head(hidden[..., :0, :])
+
+
+@contextmanager
+def _tapped(lm: nn.Module, head: nn.Module, probing: bool) -> Iterator[HeadTap]:
+    tap = HeadTap(head, probing)
+    tap.training = head.training  # without touching the head's own mode
+    places = [
+        (module, name)
+        for module in lm.modules()
+        for name, child in module._modules.items()
+        if child is head
+    ]
+    for module, name in places:
+        module._modules[name] = tap
+    try:
+        yield tap
+    finally:
+        for module, name in places:
+            module._modules[name] = head
+
+
+def capture(
+    model: nn.Module,
+    input_ids: Tensor,  # [S, T]
+    attention_mask: Tensor | None = None,  # [S, T]
+    **model_kwargs: Any,
+) -> Captured:
+    """One forward of `model`, without its logits.
+
+    Raises:
+        UnsupportedModel: the head cannot be described, or is not what the description says.
+    """
+    lm = causal_lm(model)
+    head_module = output_head(lm)
+    rule = head_rule(lm)
+    probing = input_ids.numel() > 0 and not probe.is_verified(head_module, lm, rule)
+    if attention_mask is not None:
+        model_kwargs["attention_mask"] = attention_mask
+    if "use_cache" in inspect.signature(lm.forward).parameters:
+        model_kwargs.setdefault("use_cache", False)  # keys and values of all layers, for nobody
+
+    with _tapped(lm, head_module, probing) as tap:
+        outputs = model(input_ids=input_ids, **model_kwargs)
+    hidden = _captured_hidden(tap, model, lm, input_ids)
+    head = read_head(model)
+    if probing and tap.rows is not None:
+        logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
+        sixteen_bit = tap.autocast_dtype is not None or hidden.element_size() == 2
+        rows = tap.rows.to(head.weight.device)
+        logits = logits.to(head.weight.device)
+        probe.verify(head_module, lm, rule, rows, head, logits, sixteen_bit)
+    return Captured(
+        # Models split over several devices keep the head on the last one.
+        hidden.to(head.weight.device),
+        head,
+        tap.autocast_dtype,
+        getattr(outputs, "aux_loss", None),
+    )
+
+
+def _captured_hidden(tap: HeadTap, model: nn.Module, lm: nn.Module, input_ids: Tensor) -> Tensor:
+    name = type(lm).__name__
+    if tap.calls != 1 or tap.hidden is None:
+        raise UnsupportedModel(
+            f"model: the forward of {name} called its output head {tap.calls} times instead of once"
+        )
+    hidden = tap.hidden
+    peft = peft_model(model)
+    if peft is not None and peft.active_peft_config.is_prompt_learning and hidden.ndim == 3:
+        hidden = hidden[:, -input_ids.shape[1] :]  # virtual tokens come first and have no labels
+    if hidden.shape[:-1] != input_ids.shape:
+        raise UnsupportedModel(
+            f"model: the output head of {name} was given hidden states of shape {tuple(hidden.shape)} for "
+            f"input_ids of shape {tuple(input_ids.shape)}; expected [S, T, D]"
+        )
+    return hidden

@@ -1,0 +1,245 @@
+"""Hugging Face causal language models: sequence log-probabilities and preference losses, without their logits.
+
+    sequence_logps    a model and a batch of sequences to their log-probabilities
+    dpo_loss          a model, its reference and a batch of pairs to the loss
+    read_head         the model's lm_head, as `fastdpo.loss` takes it
+
+The backbone runs as the model wrote it, through every wrapper around it, up to the input of its lm_head
+(`fastdpo.integrations.capture`); from there on it is `fastdpo.loss`. What the model's family does to its logits is
+listed in `fastdpo.integrations.families`, and compared with the model's own logits on the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo import loss as core
+from fastdpo.integrations.batches import (
+    IGNORE_INDEX,
+    PreferenceBatch,
+    check_sequences,
+    preference_batch,
+    shift_labels,
+    unshift,
+)
+from fastdpo.integrations.capture import Captured, capture
+from fastdpo.integrations.families import FAMILIES, HeadRule
+from fastdpo.integrations.unwrap import UnsupportedModel, hidden_scale, peft_model, read_head
+
+__all__ = [
+    "FAMILIES",
+    "DPOOutput",
+    "HeadRule",
+    "UnsupportedModel",
+    "dpo_loss",
+    "hidden_scale",
+    "read_head",
+    "sequence_logps",
+]
+
+
+class DPOOutput(NamedTuple):
+    """What `dpo_loss` returns."""
+
+    loss: Tensor  # [] the mean over pairs (and `router_aux_loss_coef` times aux_loss)
+    chosen_logps: Tensor  # [B]
+    rejected_logps: Tensor  # [B]
+    chosen_rewards: Tensor  # [B], detached
+    rejected_rewards: Tensor  # [B], detached
+    aux_loss: Tensor | None  # [] the routers' balancing loss, where the model returned one
+
+
+def sequence_logps(
+    model: nn.Module,
+    input_ids: Tensor,  # [S, T]
+    labels: Tensor,  # [S, T]
+    attention_mask: Tensor | None = None,  # [S, T]
+    *,
+    per_token: bool = False,
+    stats: Sequence[str] = (),
+    average_log_prob: bool = False,
+    temperature: float = 1.0,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+    **model_kwargs: Any,
+) -> Tensor | core.LinearLogps:
+    """log p(labels | input_ids) of each sequence under a causal language model of transformers.
+
+    Args:
+        model: the model; inside DistributedDataParallel, torch.compile or PEFT's wrappers is fine.
+        input_ids: [S, T] token ids.
+        labels: [S, T] Hugging Face labels: the same positions as input_ids (they are shifted here), -100
+            where a token carries no loss.
+        attention_mask: [S, T], padding on either side.
+        per_token: return [S, T] instead of [S]; column t is about the token at position t, and 0 where it carries no
+            loss (always at position 0, which nothing predicts).
+        stats: with per_token, any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; see
+            `fastdpo.loss.linear_logps`. The result is then a `LinearLogps`, every field [S, T].
+        average_log_prob: divide by the number of tokens that carry loss.
+        temperature, workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
+        **model_kwargs: go to the model's forward (pixel_values, position_ids, ...).
+
+    Returns:
+        [S] in fp32 (fp64 for fp64 models), differentiable; see per_token and stats.
+
+    Raises:
+        ValueError: naming the argument.
+        UnsupportedModel: a ValueError; the model's logits are not what fastdpo computes, or its head cannot be read.
+    """
+    check_sequences(input_ids, labels, attention_mask)
+    if stats and not per_token:
+        raise ValueError(f"stats should come with per_token=True, got {list(stats)} without it")
+    if per_token and average_log_prob:
+        raise ValueError("average_log_prob should be False with per_token=True, which averages nothing")
+    captured = capture(model, input_ids, attention_mask, **model_kwargs)
+    shifted = shift_labels(labels).to(captured.hidden.device)
+    with _autocast_of_head(captured):
+        tokens = core.linear_logps(
+            captured.hidden,
+            captured.head.weight,
+            shifted,
+            stats=stats,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            **_head_options(captured, temperature),
+        )
+    if per_token:
+        if isinstance(tokens, Tensor):
+            return unshift(tokens)
+        return core.LinearLogps(*(None if field is None else unshift(field) for field in tokens))
+    sums = tokens.sum(-1)
+    if average_log_prob:
+        sums = sums / (shifted != IGNORE_INDEX).sum(-1).clamp(min=1)
+    return sums
+
+
+def dpo_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    ref_model: nn.Module | None = None,
+    beta: float = 0.1,
+    *,
+    objective: str | Sequence[str] | Mapping[str, float] = "sigmoid",
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    reference_free: bool = False,
+    router_aux_loss_coef: float | None = None,
+    temperature: float = 1.0,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+    **objective_options: object,
+) -> DPOOutput:
+    """The preference loss of a batch of pairs under a causal language model of transformers.
+
+    The reference is, in this order: none where `reference_free`; the batch's `ref_chosen_logps` and
+    `ref_rejected_logps`; `ref_model`; a PEFT model with its adapter disabled. It gets no gradient. Dropout is left as
+    the models have it: put ref_model into eval mode, and the policy's dropout at 0 where adapters make the reference.
+
+    Args:
+        model: the policy, as in `sequence_logps`.
+        batch: TRL's names: `input_ids` [2B, T], the B chosen sequences first; `labels` [2B, T] (same positions, -100
+            without loss) or `completion_mask` [2B, T]; optionally `attention_mask` [2B, T], and
+            `ref_chosen_logps`, `ref_rejected_logps` [B] (sums; averages where `average_log_prob`). All other
+            entries go to the models' forward.
+        ref_model: the reference.
+        beta, objective, label_smoothing, average_log_prob, **objective_options: as in `fastdpo.loss.linear_dpo_loss`.
+        reference_free: the reference's log-ratio is 0. Objectives that define no reference (simpo, cpo, orpo) need it.
+        router_aux_loss_coef: for mixtures of experts: ask the model for its routers' balancing loss, and add it
+            times this. None leaves the model's own configuration alone, and adds nothing.
+        temperature, workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
+
+    Raises:
+        ValueError: naming the argument or the key of the batch.
+        UnsupportedModel: a ValueError; see `sequence_logps`.
+    """
+    parts = preference_batch(batch)
+    if reference_free:
+        if ref_model is not None or parts.ref_logps is not None:
+            raise ValueError("reference_free should be False where a reference is given")
+        ref_logps = None
+    elif parts.ref_logps is not None:
+        if ref_model is not None:
+            raise ValueError("ref_model should be None where the batch has ref_chosen_logps")
+        ref_logps = parts.ref_logps
+    else:
+        ref_logps = _reference_logps(model, ref_model, parts, temperature, backend)
+    model_kwargs = dict(parts.model_kwargs)
+    if router_aux_loss_coef is not None:
+        model_kwargs["output_router_logits"] = True
+    captured = capture(model, parts.input_ids, parts.attention_mask, **model_kwargs)
+    device = captured.hidden.device
+    with _autocast_of_head(captured):
+        output = core.linear_dpo_loss(
+            captured.hidden,
+            captured.head.weight,
+            shift_labels(parts.labels).to(device),
+            ref_logps=None if ref_logps is None else ref_logps.to(device),
+            beta=beta,
+            objective=objective,
+            label_smoothing=label_smoothing,
+            average_log_prob=average_log_prob,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            **_head_options(captured, temperature),
+            **objective_options,
+        )
+    loss = output.loss
+    if router_aux_loss_coef is not None:
+        if captured.aux_loss is None:
+            raise ValueError(
+                "router_aux_loss_coef should be None: the model returned no balancing loss (no mixture of experts?)"
+            )
+        loss = loss + router_aux_loss_coef * captured.aux_loss.to(loss.device)
+    return DPOOutput(loss, *output[1:], captured.aux_loss)
+
+
+@torch.no_grad()
+def _reference_logps(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    parts: PreferenceBatch,
+    temperature: float,
+    backend: str | None,
+) -> Tensor:  # [2B, T] per token, aligned with the shifted labels
+    peft = peft_model(model)
+    if ref_model is None and peft is None:
+        raise ValueError(
+            "ref_model should be given: the model is no PEFT model whose adapter could be disabled, and the batch "
+            "has no ref_chosen_logps and ref_rejected_logps (or pass reference_free=True)"
+        )
+    with nullcontext() if ref_model is not None else peft.disable_adapter():
+        captured = capture(
+            model if ref_model is None else ref_model,
+            parts.input_ids,
+            parts.attention_mask,
+            **parts.model_kwargs,
+        )
+        with _autocast_of_head(captured):
+            return core.linear_logps(
+                captured.hidden,
+                captured.head.weight,
+                shift_labels(parts.labels).to(captured.hidden.device),
+                backend=backend,
+                **_head_options(captured, temperature),
+            )
+
+
+def _head_options(captured: Captured, temperature: float) -> dict[str, Any]:
+    head = captured.head
+    return {
+        "bias": head.bias,
+        "logit_scale": head.scale,
+        "softcap": head.softcap,
+        "temperature": temperature,
+    }
+
+
+def _autocast_of_head(captured: Captured) -> torch.autocast:
+    """The autocast that the model's own head ran under: accelerate's begins and ends inside the forward."""
+    dtype = captured.autocast_dtype
+    return torch.autocast(captured.hidden.device.type, dtype=dtype, enabled=dtype is not None)
