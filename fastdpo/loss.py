@@ -192,8 +192,8 @@ def linear_dpo_loss(
     flat = labels.flatten()
     lengths_of = _lengths(labels, ignore_index, cu_seqlens, row_index)
     count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    _check_count(count, resolved, cu_seqlens)
-    per_token_reference = _check_ref_logps(ref_logps, labels, count, resolved)
+    _check_count(count, resolved, hidden.device, cu_seqlens)
+    per_token_reference = _check_ref_logps(ref_logps, labels, count)
     plan = _plan(hidden, ("log_sum_sq_probs",) if resolved.wpo else (), workspace_bytes, backend)
     carrying = checks.label_rows(flat, ignore_index, head.vocab_size, row_index)
 
@@ -394,7 +394,7 @@ class FusedLinearDPOLoss(torch.nn.Module):
         head = checks.head(_input, lin_weight, bias, logit_scale=1.0, softcap=None, temperature=1.0)
         labels = checks.labels(target, _batch_shape(_input, None), _input, of="_input")
         ref_head = _reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
-        _check_count(labels.shape[0], resolved, None)
+        _check_count(labels.shape[0], resolved, _input.device)
         plan = _plan(_input, (), None, None)
         carrying = checks.label_rows(labels.flatten(), self.ignore_index, head.vocab_size, None)
 
@@ -488,18 +488,22 @@ def _reference_head(
 
 
 def _check_count(
-    count: int, resolved: objectives.ResolvedObjective, cu_seqlens: Tensor | None
+    count: int,
+    resolved: objectives.ResolvedObjective,
+    device: torch.device,
+    cu_seqlens: Tensor | None = None,
 ) -> None:
-    if resolved.layout == "pairs" and count % 2:
+    if count % resolved.num_candidates:
         name = "labels" if cu_seqlens is None else "cu_seqlens"
-        checks.fail(name, "of an even number of sequences, chosen and rejected", f"{count} sequences")
+        group = "pairs" if resolved.layout == "pairs" else f"groups of {resolved.num_candidates}"
+        checks.fail(name, f"of a number of sequences that makes whole {group}", f"{count} sequences")
+    resolved.check(count, device)
 
 
 def _check_ref_logps(
     ref_logps: Tensor | None,
     labels: Tensor,
     count: int,
-    resolved: objectives.ResolvedObjective,
 ) -> bool:
     """Whether ref_logps is per token."""
     if ref_logps is None:
