@@ -1,5 +1,4 @@
-"""Options that combine with many objectives instead of belonging to one, and which objectives those
-are."""
+"""Options that combine with many objectives, and which objectives those are."""
 
 from __future__ import annotations
 
@@ -16,7 +15,6 @@ from fastdpo.objectives.registry import (
     Option,
     Range,
     flag,
-    number,
 )
 
 
@@ -31,15 +29,10 @@ class CommonOption:
         return [name for name, entry in OBJECTIVES.items() if self.taken_by(entry)]
 
 
-def _optional(option: Option) -> Option:
-    """The same option, where None means that it is not given."""
-    return Option(
-        option.name,
-        None,
-        option.valid,
-        lambda value: value is None or option.check(value),
-        option.doc,
-    )
+def _number_or_none(name: str, within: Range, doc: str) -> Option:
+    """A number that is not given by default, which None says too."""
+    valid = f"a number in {within}"
+    return Option(name, None, valid, lambda value: value is None or value in within, doc)
 
 
 def _on_pairs(entry: Objective) -> bool:
@@ -56,7 +49,6 @@ def _is_weights(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(weight in NON_NEGATIVE for weight in value)
 
 
-_SFT_DOC = "RPO: weight of the chosen answers' NLL, added to the loss (arXiv 2404.19733)"
 COMMON_OPTIONS: Final[dict[str, CommonOption]] = {
     common.option.name: common
     for common in (
@@ -71,29 +63,27 @@ COMMON_OPTIONS: Final[dict[str, CommonOption]] = {
             _takes_divergence,
         ),
         CommonOption(
-            _optional(
-                number(
-                    "f_alpha_divergence_coef",
-                    0.5,
-                    FINITE,
-                    "α of alpha_divergence; 0.5 if not given",
-                )
+            _number_or_none(
+                "f_alpha_divergence_coef", FINITE, "α of alpha_divergence; 0.5 if not given"
             ),
             _takes_divergence,
         ),
-        CommonOption(_optional(number("sft_weight", None, NON_NEGATIVE, _SFT_DOC)), _on_pairs),
         CommonOption(
-            _optional(number("rpo_alpha", None, NON_NEGATIVE, "another name of sft_weight")),
+            _number_or_none(
+                "sft_weight",
+                NON_NEGATIVE,
+                "RPO: weight of the chosen answers' NLL, added to the loss (arXiv 2404.19733)",
+            ),
             _on_pairs,
         ),
         CommonOption(
-            _optional(
-                number(
-                    "ld_alpha",
-                    None,
-                    Range(0.0, 1.0),
-                    "LD-DPO: weight of tokens beyond the pair's shared length (arXiv 2409.06411)",
-                )
+            _number_or_none("rpo_alpha", NON_NEGATIVE, "another name of sft_weight"), _on_pairs
+        ),
+        CommonOption(
+            _number_or_none(
+                "ld_alpha",
+                Range(0.0, 1.0),
+                "LD-DPO: weight of tokens beyond the pair's shared length (arXiv 2409.06411)",
             ),
             _on_pairs,
         ),

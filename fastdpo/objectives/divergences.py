@@ -2,7 +2,8 @@
 
 With a divergence D_f in the constrained problem, the optimal policy satisfies r = β · f'(π/π_ref) +
 a term of the prompt alone, so the log-ratio h = log π/π_ref in a loss of reward differences becomes
-the score f'(e^h) (Wang et al. 2023, arXiv 2309.16240). Constants cancel in the difference.
+the score f'(e^h) (Wang et al. 2023, arXiv 2309.16240). Every f here has f'(1) = 0, so that a policy
+equal to the reference scores 0 whatever is done to the scores.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class FDivergence:
 
 
 def _reverse_kl(ratios: Tensor, alpha: float) -> Tensor:
-    """f'(t) = log t + 1, without its constant."""
+    """f'(t) = log t."""
     return ratios
 
 

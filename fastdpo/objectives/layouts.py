@@ -62,7 +62,7 @@ class Pairs:
     """What the function of a "pairs" objective sees. Without a reference, ref_logps are 0.
 
     `*_ratios` are the log-ratios h = logps − ref_logps; `*_scores` are f'(e^h) of the f-divergence,
-    which for the default, the reverse KL, is h itself up to a constant.
+    which for the default, the reverse KL, is h itself.
     """
 
     chosen_logps: Tensor  # [B]
