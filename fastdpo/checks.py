@@ -1,4 +1,5 @@
-"""What bad input gets: a ValueError that names the argument and what it should be, before anything is computed.
+"""What bad input gets: a ValueError that names the argument and what it should be, before anything
+is computed.
 
 Called by `fastdpo.loss` and by nothing below it.
 """
@@ -35,7 +36,11 @@ def is_tensor(argument: str, value: object) -> None:
 def is_number(argument: str, value: object, *, positive: bool = False) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or (positive and value <= 0) or value == 0:
-        fail(argument, "a positive number" if positive else "a finite number other than 0", repr(value))
+        fail(
+            argument,
+            "a positive number" if positive else "a finite number other than 0",
+            repr(value),
+        )
 
 
 def head(
@@ -48,7 +53,9 @@ def head(
     temperature: float,
     prefix: str = "",
 ) -> Head:
-    """The head that these arguments describe; `prefix` ("ref_") goes before the tensors' names in messages."""
+    """The head that these arguments describe; `prefix` ("ref_") goes before the tensors' names in
+    messages.
+    """
     name = f"{prefix}hidden"
     is_tensor(name, hidden)
     is_tensor(f"{prefix}weight", weight)
@@ -59,7 +66,11 @@ def head(
     if weight.dim() != 2 or weight.shape[0] == 0:
         fail(f"{prefix}weight", "of shape [V, D] with V > 0", shape(weight))
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        fail(name, f"of shape [..., {weight.shape[1]}] to fit {prefix}weight {shape(weight)}", shape(hidden))
+        fail(
+            name,
+            f"of shape [..., {weight.shape[1]}] to fit {prefix}weight {shape(weight)}",
+            shape(hidden),
+        )
     _same_device(name, hidden, f"{prefix}weight", weight)
     compute = compute_dtype(hidden)
     if compute is None and hidden.dtype != weight.dtype:
@@ -79,11 +90,19 @@ def head(
     is_number("temperature", temperature, positive=True)
     if softcap is not None:
         is_number("softcap", softcap, positive=True)
-    return Head(weight, bias, float(logit_scale), None if softcap is None else float(softcap), float(temperature))
+    return Head(
+        weight,
+        bias,
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+    )
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype | None:
-    """What autocast would multiply in, or None where it would not interfere (off, or fp64 inputs)."""
+    """What autocast would multiply in, or None where it would not interfere (off, or fp64
+    inputs).
+    """
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return None
@@ -113,8 +132,9 @@ def label_rows(
     vocab_size: int,
     row_index: Tensor | None,  # [N]
 ) -> rows.Rows:
-    """The rows that carry loss. On a GPU this waits for the device once, for their number and for whether every label is
-    in range; with `row_index` it waits for nothing, and a label out of range trips a device-side assertion."""
+    """The rows that carry loss. On a GPU this waits for the device once, for their number and for
+    whether every label is in range; with `row_index` it waits for nothing, and a label out of range
+    trips a device-side assertion."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         fail("ignore_index", "an int", repr(ignore_index))
     if row_index is None:
@@ -124,7 +144,11 @@ def label_rows(
         return rows.select(value, ignore_index, carrying)
     is_tensor("row_index", row_index)
     if row_index.dtype != torch.int64 or row_index.dim() != 1:
-        fail("row_index", "a one-dimensional tensor of int64", f"{row_index.dtype} {shape(row_index)}")
+        fail(
+            "row_index",
+            "a one-dimensional tensor of int64",
+            f"{row_index.dtype} {shape(row_index)}",
+        )
     _same_device("labels", value, "row_index", row_index)
     if row_index.device.type == "cpu" and row_index.numel():
         if int(row_index.min()) < 0 or int(row_index.max()) >= value.numel():
@@ -135,7 +159,11 @@ def label_rows(
     inside = (picked >= 0) & (picked < vocab_size)
     if picked.device.type == "cpu":
         if not bool(inside.all()):
-            fail("labels", f"in [0, {vocab_size}) at every position of row_index", picked[~inside][0].item())
+            fail(
+                "labels",
+                f"in [0, {vocab_size}) at every position of row_index",
+                picked[~inside][0].item(),
+            )
     else:
         torch._assert_async(inside.all(), f"labels should be in [0, {vocab_size}) at row_index")
     return rows.Rows(picked, row_index, value.numel())
@@ -172,14 +200,24 @@ def cu_seqlens(
     total: int,
     like: Tensor,
 ) -> Tensor:
-    """Boundaries of a packed batch. Their values are checked on the CPU only, so as not to wait for a GPU."""
+    """Boundaries of a packed batch. Their values are checked on the CPU only, so as not to wait for
+    a GPU.
+    """
     is_tensor("cu_seqlens", value)
     if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or value.numel() < 1:
-        fail("cu_seqlens", "a one-dimensional tensor of int32 or int64, [2B + 1]", f"{value.dtype} {shape(value)}")
+        fail(
+            "cu_seqlens",
+            "a one-dimensional tensor of int32 or int64, [2B + 1]",
+            f"{value.dtype} {shape(value)}",
+        )
     _same_device("hidden", like, "cu_seqlens", value)
     if value.device.type == "cpu":
         ends = value.tolist()
-        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if (
+            ends[0] != 0
+            or ends[-1] != total
+            or any(a > b for a, b in zip(ends, ends[1:], strict=False))
+        ):
             fail("cu_seqlens", f"ascending from 0 to the number of rows, {total}", ends)
     return value
 

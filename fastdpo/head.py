@@ -3,11 +3,13 @@
 The logits of one row of hidden states are
 
     u = scale · (hidden · weightᵀ + bias)
-    z = softcap(u) / temperature          softcap(u) = cap · tanh(u / cap), or u where there is no cap
+    z = softcap(u) / temperature          softcap(u) = cap · tanh(u / cap), or u where there is no
+    cap
 
 and every backend computes exactly this. The derivative that the gradient products need is
 
-    ∂z/∂(hidden · weightᵀ + bias) = gain · d,   gain = scale / temperature,   d = 1 − (z · temperature / cap)²
+    ∂z/∂(hidden · weightᵀ + bias) = gain · d,   gain = scale / temperature,   d = 1 − (z ·
+    temperature / cap)²
 
 with d = 1 where there is no cap: `gain` is a constant and `d` depends on the logit alone.
 """
@@ -47,7 +49,9 @@ class Head:
         return dataclasses.replace(self, weight=self.weight[start:stop], bias=bias)
 
     def softcap_derivative(self, logits: Tensor) -> Tensor | None:
-        """d = 1 − tanh² of final logits z (any shape), or None where there is no softcap (d = 1)."""
+        """d = 1 − tanh² of final logits z (any shape), or None where there is no softcap (d =
+        1).
+        """
         if self.softcap is None:
             return None
         return 1.0 - (logits * (self.temperature / self.softcap)).square_()

@@ -1,7 +1,7 @@
 """hidden states and a head to label log-probabilities: the schedule and its gradient.
 
-For a row with label y, label logit a = z_y, anchor α, δ = α − a and S = Σ_{v ≠ y} exp(z_v − α) (what
-`exp_logits` returns), with E_v = exp(z_v − α) · d_v for v ≠ y and E_y = −S · d_y:
+For a row with label y, label logit a = z_y, anchor α, δ = α − a and S = Σ_{v ≠ y} exp(z_v − α)
+(what `exp_logits` returns), with E_v = exp(z_v − α) · d_v for v ≠ y and E_y = −S · d_y:
 
     (1)  logp            = −log(1 + e^δ S)
     (2)  r               = 1 / (e^−δ + S)                          softmax_v = r · exp(z_v − α)
@@ -10,19 +10,21 @@ For a row with label y, label logit a = z_y, anchor α, δ = α − a and S = Σ
     (5)  ∂loss/∂weight   = −gain · Eᵀ · diag(g r) · hidden
     (6)  ∂loss/∂bias     = −gain · Eᵀ · (g r)
 
-where d is the softcap's derivative and gain = scale / temperature (`fastdpo.head`). The row scale of (4) commutes
-with the product, so with a frozen head the forward already forms U = −gain · diag(r) · E · weight, block by
-block of rows, and the backward is g · U: two products in all. With a trainable head (5) needs g before its product:
-E is kept for as many columns of the vocabulary as `workspace_bytes` holds (three products), and the other
-columns are computed again in the backward (four). Columns and not rows are kept because each column of the
-weight's gradient is then one complete product: nothing of the weight's size is ever summed in 16 bits, and
-no fp32 copy of it is needed.
+where d is the softcap's derivative and gain = scale / temperature (`fastdpo.head`). The row scale
+of (4) commutes with the product, so with a frozen head the forward already forms U = −gain ·
+diag(r) · E · weight, block by block of rows, and the backward is g · U: two products in all. With a
+trainable head (5) needs g before its product: E is kept for as many columns of the vocabulary as
+`workspace_bytes` holds (three products), and the other columns are computed again in the backward
+(four). Columns and not rows are kept because each column of the weight's gradient is then one
+complete product: nothing of the weight's size is ever summed in 16 bits, and no fp32 copy of it is
+    needed.
 
-16-bit E is kept as bf16 for bf16 inputs. fp16 has too little range for an anchor that is fixed before the sum is
-known, so with fp16 inputs E is always computed again in the backward, from the anchor that makes S = 2^10.
+16-bit E is kept as bf16 for bf16 inputs. fp16 has too little range for an anchor that is fixed
+before the sum is known, so with fp16 inputs E is always computed again in the backward, from the
+anchor that makes S = 2^10.
 
-The blocks of the forward depend on shapes and dtype alone, never on what is trained or kept: the policy
-and a reference with equal weights go through the same operations and agree to the bit.
+The blocks of the forward depend on shapes and dtype alone, never on what is trained or kept: the
+policy and a reference with equal weights go through the same operations and agree to the bit.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ from fastdpo.rows import Rows
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-# Bytes of E for one block of rows in the forward, and for one block of columns computed again in the backward.
+# Bytes of E for one block of rows in the forward, and for one block of columns computed again in
+# the backward.
 _BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 _RECOMPUTE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _DEFAULT_WORKSPACE = {"cpu": 512 << 20, "cuda": 2 << 30}
@@ -51,8 +54,8 @@ _ROW_MULTIPLE = 64
 _COLUMN_MULTIPLE = 512
 # E's rows start on 128-byte boundaries, which bulk copies and matrix products like.
 _ROW_ALIGNMENT_BYTES = 128
-# Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40): the latter are far, and
-# log(1 + e^δ S) is taken in the log domain.
+# Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40):
+# the latter are far, and log(1 + e^δ S) is taken in the log domain.
 _FAR = 20.0
 _HALF_LOG_SUM = 10 * math.log(2.0)
 
@@ -64,7 +67,9 @@ class Plan:
     stats: tuple[str, ...] = ()
     workspace_bytes: int | None = None
     backend: str | None = None
-    compute_dtype: torch.dtype | None = None  # what hidden and head are cast to first; None: as they are
+    compute_dtype: torch.dtype | None = (
+        None  # what hidden and head are cast to first; None: as they are
+    )
 
 
 class TokenLogps(NamedTuple):
@@ -83,9 +88,13 @@ def token_logps(
     rows: Rows,
     plan: Plan,
 ) -> TokenLogps:
-    """Label log-probabilities of the rows that carry loss, differentiable in hidden, weight and bias."""
+    """Label log-probabilities of the rows that carry loss, differentiable in hidden, weight and
+    bias.
+    """
     grad = torch.is_grad_enabled()
-    needs = Needs(*(grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias)))
+    needs = Needs(
+        *(grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias))
+    )
     outputs = _TokenLogps.apply(hidden, head.weight, head.bias, head, rows, plan, needs)
     return TokenLogps(outputs[0], **dict(zip(plan.stats, outputs[1:], strict=True)))
 
@@ -113,8 +122,8 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx, grad_logps, *grad_stats):
         if any(grad is not None for grad in grad_stats):
             raise RuntimeError(
-                "fastdpo: the gradient of the entropy is not implemented; detach the entropy statistic before it "
-                "enters a loss"
+                "fastdpo: the gradient of the entropy is not implemented; detach the entropy "
+                "statistic before it enters a loss"
             )
         if grad_logps is None:
             return (None,) * 7
@@ -167,7 +176,9 @@ class RowState(NamedTuple):
 
 @dataclass
 class Kept:
-    """E for the first columns of the vocabulary; the backward may spend it as scratch, and says so."""
+    """E for the first columns of the vocabulary; the backward may spend it as scratch, and says
+    so.
+    """
 
     buffer: Tensor  # [N, K], rows padded
     columns: int  # how many of them hold E
@@ -206,10 +217,10 @@ def forward_pass(
     parts: list[ExpSums] = []
     for start in range(0, n, block):
         rows = slice(start, min(start + block, n))
-        out = kept.buffer[rows] if kept else None if scratch is None else scratch[: rows.stop - start]
-        sums = backend.exp_logits(
-            x[rows], head, labels[rows], target[rows], out=out, stats=asked
+        out = (
+            kept.buffer[rows] if kept else None if scratch is None else scratch[: rows.stop - start]
         )
+        sums = backend.exp_logits(x[rows], head, labels[rows], target[rows], out=out, stats=asked)
         parts.append(sums)
         if out is not None:
             state = RowState(target[rows], sums.anchor, sums.sum)
@@ -245,8 +256,11 @@ def backward_pass(
     if x.dtype == torch.float16:
         state = _renormalized(state)
     coefficients = -head.gain * grad_logps * state.inverse  # [N], the diag of (4) to (6)
-    # fp16 has no room for small coefficients: take their size out of the product, and put it back in fp32.
-    size = coefficients.abs().amax().clamp_min(1e-30) if x.dtype == torch.float16 and len(x) else None
+    # fp16 has no room for small coefficients: take their size out of the product, and put it back
+    # in fp32.
+    size = (
+        coefficients.abs().amax().clamp_min(1e-30) if x.dtype == torch.float16 and len(x) else None
+    )
     small = coefficients if size is None else coefficients / size
     scaled = (x * small.unsqueeze(1)).to(x.dtype) if needs.weight else None  # [N, D]
 
@@ -271,7 +285,9 @@ def backward_pass(
 
 
 def _column_blocks(x, head, labels, plan, state, kept):
-    """(start, stop, E[:, start:stop]) over the vocabulary: what was kept, then the rest computed again."""
+    """(start, stop, E[:, start:stop]) over the vocabulary: what was kept, then the rest computed
+    again.
+    """
     vocab, done = head.vocab_size, 0
     buffer = None
     if kept is not None:
@@ -284,7 +300,9 @@ def _column_blocks(x, head, labels, plan, state, kept):
     if kept is not None:
         kept.columns = 0  # its memory is scratch from here on: a second backward computes it again
     if buffer is None:
-        width = max(_COLUMN_MULTIPLE, _by_device(_RECOMPUTE_BYTES, x) // max(1, len(x) * x.element_size()))
+        width = max(
+            _COLUMN_MULTIPLE, _by_device(_RECOMPUTE_BYTES, x) // max(1, len(x) * x.element_size())
+        )
         buffer = padded_empty(len(x), min(width, vocab), x)
     backend = select.primitive("exp_logits", x, plan.backend)
     entry = _label_entry(state, head)
@@ -292,13 +310,21 @@ def _column_blocks(x, head, labels, plan, state, kept):
         stop = min(start + buffer.shape[1], vocab)
         e = buffer[:, : stop - start]
         backend.exp_logits(
-            x, head.columns(start, stop), labels - start, state.anchor, fixed_anchor=True, out=e, label_entry=entry
+            x,
+            head.columns(start, stop),
+            labels - start,
+            state.anchor,
+            fixed_anchor=True,
+            out=e,
+            label_entry=entry,
         )
         yield start, stop, e
 
 
 class _HiddenGradient:
-    """Σ over column blocks of diag(coefficients) · E · weight, each complete or summed in the accumulate dtype."""
+    """Σ over column blocks of diag(coefficients) · E · weight, each complete or summed in the
+    accumulate dtype.
+    """
 
     def __init__(self, x: Tensor, complete: bool):
         self._block, self._complete = x, complete
@@ -325,7 +351,9 @@ def _operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tenso
     if dtype is None:
         return x.contiguous(), head
     bias = None if head.bias is None else head.bias.to(dtype)
-    return x.to(dtype).contiguous(), dataclasses.replace(head, weight=head.weight.to(dtype), bias=bias)
+    return x.to(dtype).contiguous(), dataclasses.replace(
+        head, weight=head.weight.to(dtype), bias=bias
+    )
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
@@ -360,9 +388,13 @@ def _set_label_entries(e: Tensor, labels: Tensor, entry: Tensor) -> None:
 
 
 def _renormalized(state: RowState) -> RowState:
-    """The same rows, anchored so that S = 2^10: E then fits fp16 from 2^10 down to 2^-34 of the sum."""
+    """The same rows, anchored so that S = 2^10: E then fits fp16 from 2^10 down to 2^-34 of the
+    sum.
+    """
     shift = torch.log(state.sum.clamp_min(torch.finfo(state.sum.dtype).tiny)) - _HALF_LOG_SUM
-    return RowState(state.target, state.anchor + shift, torch.full_like(state.sum, math.exp(_HALF_LOG_SUM)))
+    return RowState(
+        state.target, state.anchor + shift, torch.full_like(state.sum, math.exp(_HALF_LOG_SUM))
+    )
 
 
 def _statistic(
@@ -370,15 +402,16 @@ def _statistic(
 ) -> Tensor:
     delta = state.anchor - state.target
     if name == "entropy":
-        # −Σ p log p with every logit taken from the label's (near) or from the anchor (far): no large numbers cancel.
+        # −Σ p log p with every logit taken from the label's (near) or from the anchor (far): no
+        # large numbers cancel.
         near = -logps - state.inverse * (sums.entropy + delta * state.sum)
-        far = -torch.log(state.inverse) - state.inverse * (
-            sums.entropy - delta * torch.exp(-delta)
-        )
+        far = -torch.log(state.inverse) - state.inverse * (sums.entropy - delta * torch.exp(-delta))
         return torch.where(delta <= _FAR, near, far).clamp_min_(0.0)
     if name == "log_sum_sq_probs":
         own = torch.exp(2.0 * (COLLISION_SHIFT - delta))
-        return torch.log(sums.collision + own) - 2.0 * COLLISION_SHIFT + 2.0 * torch.log(state.inverse)
+        return (
+            torch.log(sums.collision + own) - 2.0 * COLLISION_SHIFT + 2.0 * torch.log(state.inverse)
+        )
     if name == "mean_logits":
         if head.softcap is not None:
             return (sums.logits + state.target) / head.vocab_size
@@ -398,7 +431,9 @@ def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b where the sum is complete: accumulated in fp32 inside the product, rounded once at most."""
+    """a · b where the sum is complete: accumulated in fp32 inside the product, rounded once at
+    most.
+    """
     if a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return _wide_product(a, b) if a.dtype == torch.float16 else torch.mm(a, b)
@@ -419,7 +454,9 @@ def _column_sums(e: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def columns_kept(n: int, vocab: int, x: Tensor, plan: Plan) -> int:
-    """How many columns of E the workspace holds for n rows: all, or a multiple of _COLUMN_MULTIPLE."""
+    """How many columns of E the workspace holds for n rows: all, or a multiple of
+    _COLUMN_MULTIPLE.
+    """
     budget = plan.workspace_bytes
     if budget is None:
         budget = _by_device(_DEFAULT_WORKSPACE, x)
@@ -438,8 +475,8 @@ def row_block(vocab: int, x: Tensor) -> int:
 def padded_empty(n: int, columns: int, x: Tensor) -> Tensor:
     """An uninitialised [n, columns] in x's dtype whose rows start on aligned addresses.
 
-    What lies between the rows is zero: matrix products that read whole vectors (oneDNN's bf16 does, for an odd
-    number of columns) multiply it by zero, and a NaN there would survive that.
+    What lies between the rows is zero: matrix products that read whole vectors (oneDNN's bf16 does,
+    for an odd number of columns) multiply it by zero, and a NaN there would survive that.
     """
     whole = x.new_empty(n, _padded(columns, x))
     whole[:, columns:] = 0

@@ -2,12 +2,16 @@
 
     logp_t = z_t[y_t] − lse_t          ∂loss/∂z_tv = g_t · (1[v = y_t] − exp(z_tv − lse_t))
 
-The forward reads the logits once and keeps two numbers a row; the backward reads them once and writes the gradient
-once. Where nothing else can ever see the logits again, the gradient is written over them: that is so
-when the graph is not retained and this node holds the only reference to their storage.
+The forward reads the logits once and keeps two numbers a row; the backward reads them once and
+writes the gradient once. Where nobody can ever see the logits again, the gradient is written over
+them: that is so when the graph is not retained, and neither a Python name nor another node of the
+    graph nor a view holds them.
 """
 
 from __future__ import annotations
+
+import functools
+import sys
 
 import torch
 from torch import Tensor
@@ -15,9 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from fastdpo.backends import select
 from fastdpo.head import Head
-
-# The saved logits and their handle in `backward` are two references to the storage; a third is somebody else's.
-_OWN_REFERENCES = 2
 
 
 def token_logps(
@@ -34,8 +35,9 @@ class _LogitsLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, head: Head, backend: str | None) -> Tensor:
         module = select.primitive("logits_logps", logits, backend)
-        # Flattened here and not by the caller: a view made outside would hold the storage, and forbid
-        # the backward to write over it.
+        _alone()  # measured here once, outside of any backward
+        # Flattened here and not by the caller: a view made outside would hold the storage, and
+        # forbid the backward to write over it.
         logps, lse = module.logits_logps(_rows(logits), labels.flatten(), head)
         ctx.save_for_backward(logits, labels, lse)
         ctx.head, ctx.backend = head, backend
@@ -45,11 +47,20 @@ class _LogitsLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logps: Tensor):
         logits, labels, lse = ctx.saved_tensors
-        in_place = logits.is_contiguous() and _unshared(logits)
-        out = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        in_place = logits.is_contiguous() and _unshared(_holders(logits))
+        out = (
+            logits
+            if in_place
+            else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        )
         module = select.primitive("logits_logps_backward", logits, ctx.backend)
         module.logits_logps_backward(
-            grad_logps.to(lse.dtype).flatten(), _rows(logits), labels.flatten(), lse, ctx.head, _rows(out)
+            grad_logps.to(lse.dtype).flatten(),
+            _rows(logits),
+            labels.flatten(),
+            lse,
+            ctx.head,
+            _rows(out),
         )
         return out, None, None, None
 
@@ -58,10 +69,60 @@ def _rows(logits: Tensor) -> Tensor:  # [..., V] -> [M, V]
     return logits.reshape(-1, logits.shape[-1])
 
 
-def _unshared(logits: Tensor) -> bool:
-    """Whether overwriting the logits can be seen by nobody: not by a second backward, not by another holder."""
+def _unshared(holders: tuple[int, ...]) -> bool:
+    """Whether overwriting the logits can be seen by nobody: not by a second backward, not by
+    another holder.
+    """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    use_count = getattr(torch._C, "_storage_Use_Count", None)
-    if keeps_graph is None or use_count is None or keeps_graph():
+    if keeps_graph is None or keeps_graph():
         return False
-    return use_count(logits.untyped_storage()._cdata) <= _OWN_REFERENCES
+    return holders == _alone()
+
+
+def _holders(tensor: Tensor) -> tuple[int, ...]:
+    """How many hold the storage, the tensor, and its Python object; () where PyTorch does not
+    tell.
+    """
+    use_count = getattr(torch._C, "_storage_Use_Count", None)
+    if use_count is None or not hasattr(tensor, "_use_count"):
+        return ()
+    return use_count(tensor.untyped_storage()._cdata), tensor._use_count(), sys.getrefcount(tensor)
+
+
+@functools.cache
+def _alone() -> tuple[int, ...] | None:
+    """What `_holders` counts in a backward when nobody else holds the saved tensor.
+
+    Measured and not assumed, as it depends on the versions of PyTorch and Python; None, which
+    equals nothing, unless each way of holding on to the tensor is seen to change it.
+    """
+    seen: list[tuple[int, ...]] = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y, z):
+            ctx.save_for_backward(x, y, z)
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, _y, _z = ctx.saved_tensors
+            seen.append(_holders(x))
+            return grad.expand(x.shape), None, None
+
+    with torch.enable_grad():
+        leaf = torch.ones(2, requires_grad=True)
+        one = torch.ones(1)
+        made = leaf * 1.0
+        loss = Probe.apply(made, one, one)
+        del made
+        loss.backward()
+        for hold in (lambda t: t, lambda t: t.detach(), lambda t: t[:1], lambda t: (t * t).grad_fn):
+            made = leaf * 1.0
+            held = hold(made)
+            loss = Probe.apply(made, one, one)
+            del made
+            loss.backward()
+            del held
+    alone, *others = seen
+    return None if alone in others else alone

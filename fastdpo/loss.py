@@ -2,12 +2,15 @@
 
     linear_logps         hidden states and an lm_head to per-token log-probabilities
     linear_dpo_loss      ... to the preference loss of a batch of pairs
-    get_batch_logps      materialized logits to sequence log-probabilities (the original DPO repository's)
-    preference_loss      sequence log-probabilities to losses and rewards (the original DPO repository's)
+    get_batch_logps      materialized logits to sequence log-probabilities
+    preference_loss      sequence log-probabilities to losses and rewards
     FusedLinearDPOLoss   a drop-in for Liger-Kernel's LigerFusedLinearDPOLoss
 
-Everything is checked here, before anything is computed: bad input gets a ValueError that names the argument. What the
-functions compute, and why it is fast, is in `fastdpo.linear`; the list of objectives is `fastdpo.objectives.OBJECTIVES`.
+The third and fourth keep the names and the semantics of the original DPO repository.
+
+Everything is checked here, before anything is computed: bad input gets a ValueError that names the
+argument. What the functions compute, and why it is fast, is in `fastdpo.linear`; the list of
+objectives is `fastdpo.objectives.OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ __all__ = [
 
 
 class LinearLogps(NamedTuple):
-    """Per-token results, each shaped like the labels; exactly 0 (False) at ignored positions, None where not asked for."""
+    """Per-token results, each shaped like the labels; exactly 0 (False) at ignored positions, None
+    where not asked for.
+    """
 
     logps: Tensor  # [...]
     entropy: Tensor | None = None  # −Σ_v p_v log p_v, nats
@@ -76,32 +81,41 @@ def linear_logps(
     `softcap(x) = cap · tanh(x / cap)`, and the result is `logits[label] − logsumexp(logits)`.
 
     Args:
-        hidden: [..., D] last hidden states; fp32, bf16, fp16 or fp64, any strides. Positions that carry no loss
-            are left out before any product, and get a zero gradient.
-        weight: [V, D] the lm_head's weight, in hidden's dtype (any dtype under `torch.autocast`, which chooses the dtype
-            of the product as it does for `torch.nn.functional.linear`; gradients come back in the inputs' own).
-        labels: [...] integers, already aligned with hidden: the label of a position is the token to predict there.
+        hidden: [..., D] last hidden states; fp32, bf16, fp16 or fp64, any strides. Positions that
+            carry no loss are left out before any product, and get a zero gradient.
+        weight: [V, D] the lm_head's weight, in hidden's dtype (any dtype under `torch.autocast`,
+            which chooses the dtype of the product as it does for `torch.nn.functional.linear`;
+            gradients come back in the inputs' own).
+        labels: [...] integers, already aligned with hidden: the label of a position is the token to
+            predict there.
         bias: [V], optional, as weight.
-        logit_scale: multiplies the logits before the softcap (Cohere's `logit_scale`, 1 / Granite's `logits_scaling`).
+        logit_scale: multiplies the logits before the softcap (Cohere's `logit_scale`, 1 / Granite's
+            `logits_scaling`).
         softcap: Gemma's `final_logit_softcapping`, positive, or None.
         temperature: positive; divides the logits last.
         ignore_index: the label of positions that carry no loss.
-        stats: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the result is then a `LinearLogps`. Statistics
-            come from the same pass and carry no gradient; a backward through the entropy raises RuntimeError.
-        workspace_bytes: memory that may be kept between forward and backward when the head is trained, beyond gradients.
-            None: 512 MiB on a CPU, 2 GiB on a GPU. More of it means less recomputation (3 instead of 4 products).
-        backend: "torch", "triton", "cuda", "auto", or None for the environment variable FASTDPO_BACKEND, else "auto".
-        row_index: [N] int64, the flattened positions that carry loss, ascending, where the caller knows them (a collator on
-            the CPU does). Nothing then waits for the GPU; all other positions are taken as ignored. Without it, labels
-            on a GPU cost exactly one synchronisation, which also checks that they are in range.
+        stats: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the result is then a
+            `LinearLogps`. Statistics come from the same pass and carry no gradient; a backward
+            through the entropy raises RuntimeError.
+        workspace_bytes: memory that may be kept between forward and backward when the head is
+            trained, beyond gradients.
+            None: 512 MiB on a CPU, 2 GiB on a GPU. More of it means less recomputation (3 instead
+                of 4 products).
+        backend: "torch", "triton", "cuda", "auto", or None for the environment variable
+            FASTDPO_BACKEND, else "auto".
+        row_index: [N] int64, the flattened positions that carry loss, ascending, where the caller
+            knows them (a collator on the CPU does). Nothing then waits for the GPU; all other
+            positions are taken as ignored. Without it, labels on a GPU cost exactly one
+            synchronisation, which also checks that they are in range.
 
     Returns:
-        Log-probabilities shaped like labels, in fp32 (fp64 for fp64 inputs), exactly 0 at ignored positions;
-        with `stats` a `LinearLogps` whose first field they are. Differentiable once in hidden, weight and bias.
+        Log-probabilities shaped like labels, in fp32 (fp64 for fp64 inputs), exactly 0 at ignored
+        positions; with `stats` a `LinearLogps` whose first field they are. Differentiable once in
+        hidden, weight and bias.
 
     Raises:
-        ValueError: naming the argument, for shapes, dtypes or devices that do not fit, a label outside [0, V)
-            that is not `ignore_index`, or an option outside its range.
+        ValueError: naming the argument, for shapes, dtypes or devices that do not fit, a label
+            outside [0, V) that is not `ignore_index`, or an option outside its range.
         fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
     """
     head = checks.head(
@@ -141,35 +155,45 @@ def linear_dpo_loss(
     row_index: Tensor | None = None,  # [N]
     **objective_options: object,
 ) -> LinearDPOOutput:
-    """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al., arXiv 2305.18290).
+    """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al.,
+    arXiv 2305.18290).
 
-        loss = mean over pairs of −log σ(β · (h(chosen) − h(rejected)))     h = Σ_t log π − log π_ref
+        loss = mean over pairs of −log σ(β · (h(chosen) − h(rejected)))     h = Σ_t log π − log
+        π_ref
 
     for the default objective; see `fastdpo.objectives.OBJECTIVES` for the others.
 
     Args:
         hidden: [2B, T, D] the policy's last hidden states; or packed, [N, D] with `cu_seqlens`.
-        weight, bias, logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend, row_index: the head and
-            the options of `linear_logps`. Scale, softcap and temperature are the reference head's too.
-        labels: [2B, T] (packed: [N]), aligned with hidden: the label of a position is the token to predict there.
-        ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss (averages where
-            `average_log_prob`, weighted where `ld_alpha`), or per token, shaped like labels.
-        ref_hidden, ref_weight, ref_bias: the reference as its hidden states and head instead (no gradient is computed; its
-            hidden size may differ). ref_weight None means the policy's weight and bias, as for adapters that leave the head.
-            With neither, the loss is reference-free.
+        weight, bias, logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend,
+            row_index: the head and the options of `linear_logps`. Scale, softcap and temperature
+                are the reference head's too.
+        labels: [2B, T] (packed: [N]), aligned with hidden: the label of a position is the token to
+            predict there.
+        ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss
+            (averages where `average_log_prob`, weighted where `ld_alpha`), or per token, shaped
+            like labels.
+        ref_hidden, ref_weight, ref_bias: the reference as its hidden states and head instead (no
+            gradient is computed; its hidden size may differ). ref_weight None means the policy's
+            weight and bias, as for adapters that leave the head. With neither, the loss is
+            reference-free.
         beta: the strength of the pull towards the reference, positive.
-        objective: a name in OBJECTIVES, or several: a sequence with the option `loss_weights`, or {name: weight} (MPO).
+        objective: a name in OBJECTIVES, or several: a sequence with the option `loss_weights`, or
+            {name: weight} (MPO).
         label_smoothing: the probability that a label is flipped, for the objectives that define it.
-        average_log_prob: divide each sequence's log-probability by its number of tokens that carry loss.
-        pairs: "concatenated" (first half chosen, second half rejected) or "interleaved" (even rows chosen).
-        cu_seqlens: [2B + 1] int32 or int64, where each packed sequence starts and ends (flash-attention's).
-        **objective_options: the options of the objective, among them `f_divergence`, `sft_weight`, `ld_alpha`,
-            `use_weighting`; see its entry.
+        average_log_prob: divide each sequence's log-probability by its number of tokens that carry
+            loss.
+        pairs: "concatenated" (first half chosen, second half rejected) or "interleaved" (even rows
+            chosen).
+        cu_seqlens: [2B + 1] int32 or int64, where each packed sequence starts and ends
+            (flash-attention's).
+        **objective_options: the options of the objective, among them `f_divergence`, `sft_weight`,
+            `ld_alpha`, `use_weighting`; see its entry.
 
     Returns:
         LinearDPOOutput: the scalar loss, the sequences' log-probabilities and implicit rewards
-        r = β · (log π − log π_ref), in fp32 (fp64 for fp64 inputs). An empty batch, or one that is ignored throughout,
-        gives a finite loss with zero gradients.
+        r = β · (log π − log π_ref), in fp32 (fp64 for fp64 inputs). An empty batch, or one that is
+        ignored throughout, gives a finite loss with zero gradients.
 
     Raises:
         ValueError: naming the argument, before anything is computed.
@@ -218,10 +242,12 @@ def get_batch_logps(
     labels: Tensor,  # [S, T]
     average_log_prob: bool = False,
 ) -> Tensor:  # [S]
-    """Sequence log-probabilities from materialized logits, as the original DPO repository's `_get_batch_logps`.
+    """Sequence log-probabilities from materialized logits, as the original DPO repository's
+    `_get_batch_logps`.
 
-    Labels are shifted here: the logits of position t predict the label of position t + 1. The logits are read once, and their
-    gradient is written over them where nothing else holds them and the graph is not retained.
+    Labels are shifted here: the logits of position t predict the label of position t + 1. The
+    logits are read once, and their gradient is written over them where nothing else holds them and
+    the graph is not retained.
 
     Args:
         logits: [S, T, V], any floating-point dtype.
@@ -229,18 +255,20 @@ def get_batch_logps(
         average_log_prob: the mean over the tokens that carry loss instead of the sum.
 
     Returns:
-        [S] in fp32 (fp64 for fp64 logits); 0 for a sequence without tokens that carry loss, where the
-        original's average would be NaN.
+        [S] in fp32 (fp64 for fp64 logits); 0 for a sequence without tokens that carry loss, where
+        the original's average would be NaN.
 
     Raises:
-        ValueError: naming the argument, for shapes that do not fit or a label outside [0, V) that is not −100.
+        ValueError: naming the argument, for shapes that do not fit or a label outside [0, V) that
+            is not −100.
     """
     checks.is_tensor("logits", logits)
     if not logits.is_floating_point() or logits.dim() != 3:
         checks.fail("logits", "of a floating-point dtype and shape [S, T, V]", checks.shape(logits))
     labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
-    # One look at the labels checks them; their rows are not needed here, ignored ones are skipped by the kernel.
+    # One look at the labels checks them; their rows are not needed here, ignored ones are skipped
+    # by the kernel.
     checks.label_rows(shifted.flatten(), -100, logits.shape[-1], None)
     head = Head(logits.new_empty(0))
     per_token = _token_logps_of_logits(logits, shifted.masked_fill(shifted == -100, -1), head)
@@ -248,9 +276,6 @@ def get_batch_logps(
     all_rows = torch.full_like(lengths, shifted.shape[1])
     sums = sequences.sequence_sums(per_token.flatten(), all_rows)
     return sums / lengths.clamp(min=1) if average_log_prob else sums
-
-
-
 
 
 def preference_loss(
@@ -263,14 +288,18 @@ def preference_loss(
     ipo: bool = False,
     reference_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO losses and rewards from sequence log-probabilities, as the original DPO repository's `preference_loss`.
+    """DPO losses and rewards from sequence log-probabilities, as the original DPO repository's
+    `preference_loss`.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps: [B] each.
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+            reference_rejected_logps: [B] each.
         beta: positive.
         label_smoothing: in [0, 0.5); conservative DPO (Mitchell 2023).
-        ipo: the IPO loss (Azar et al., arXiv 2310.12036) instead; label smoothing does not apply to it.
-        reference_free: take the reference as uniform in the loss (the rewards still use the one given).
+        ipo: the IPO loss (Azar et al., arXiv 2310.12036) instead; label smoothing does not apply to
+            it.
+        reference_free: take the reference as uniform in the loss (the rewards still use the one
+            given).
 
     Returns:
         (losses [B], chosen_rewards [B], rejected_rewards [B]), the rewards detached.
@@ -309,17 +338,20 @@ def preference_loss(
 
 
 class FusedLinearDPOLoss(torch.nn.Module):
-    """A drop-in for Liger-Kernel's `LigerFusedLinearDPOLoss`: the same arguments, values and gradients.
+    """A drop-in for Liger-Kernel's `LigerFusedLinearDPOLoss`: the same arguments, values and
+    gradients.
 
-    Where it differs: label smoothing works with "sigmoid" too (Liger ignores it there), "ipo" works, a batch without
-    tokens that carry loss gives 0 and not NaN, and every objective of `fastdpo.objectives` over pairs is accepted.
+    Where it differs: label smoothing works with "sigmoid" too (Liger ignores it there), "ipo"
+    works, a batch without tokens that carry loss gives 0 and not NaN, and every objective of
+    `fastdpo.objectives` over pairs is accepted.
 
     Args:
         ignore_index: label of positions that carry no loss.
         beta: positive.
         alpha: weight of the NLL of the chosen answers, where `compute_nll_loss`.
         compute_nll_loss: whether to add it.
-        compiled, chunk_size: tune Liger's internals; accepted, and there is nothing here for them to tune.
+        compiled, chunk_size: tune Liger's internals; accepted, and there is nothing here for them
+            to tune.
         use_ref_model: whether the reference's hidden states and weight are given to `forward`.
         average_log_prob: divide each sequence's log-probability by its number of tokens.
         loss_type: the objective's name.
@@ -377,11 +409,12 @@ class FusedLinearDPOLoss(torch.nn.Module):
         ref_weight: Tensor | None = None,  # [V, D']
         ref_bias: Tensor | None = None,  # [V]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean, nll_loss,
-        chosen_rewards, rejected_rewards).
+        """The loss and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean,
+        nll_loss, chosen_rewards, rejected_rewards).
 
-        The first half of the batch is chosen, the second rejected; target is aligned with _input. The means of the
-        logits are over every position and vocabulary entry, ignored positions included, as Liger's.
+        The first half of the batch is chosen, the second rejected; target is aligned with _input.
+        The means of the logits are over every position and vocabulary entry, ignored positions
+        included, as Liger's.
 
         Raises:
             ValueError: naming the argument.
@@ -457,7 +490,9 @@ def _reference_head(
     hidden: Tensor,
     head: Head,
 ) -> Head | None:
-    """The reference's head, or None where there is no reference or its log-probabilities are given."""
+    """The reference's head, or None where there is no reference or its log-probabilities are
+    given.
+    """
     if ref_hidden is None:
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
@@ -496,7 +531,9 @@ def _check_count(
     if count % resolved.num_candidates:
         name = "labels" if cu_seqlens is None else "cu_seqlens"
         group = "pairs" if resolved.layout == "pairs" else f"groups of {resolved.num_candidates}"
-        checks.fail(name, f"of a number of sequences that makes whole {group}", f"{count} sequences")
+        checks.fail(
+            name, f"of a number of sequences that makes whole {group}", f"{count} sequences"
+        )
     resolved.check(count, device)
 
 

@@ -1,7 +1,7 @@
 """Labels to rows: which positions carry loss, and which sequence each of them belongs to.
 
-Prompt, padding and ignored positions are left out before any matrix product (DESIGN 2.1). Everything below this
-module sees N rows that all carry loss, in the order of the flattened labels.
+Prompt, padding and ignored positions are left out before any matrix product (DESIGN 2.1).
+Everything below this module sees N rows that all carry loss, in the order of the flattened labels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def count(
     ignore_index: int,
     vocab_size: int,
 ) -> tuple[int, int]:
-    """(rows that carry loss, labels among them outside [0, vocab_size)): the one host synchronisation."""
+    """(rows that carry loss, labels among them outside [0, vocab_size)): the one host
+    synchronisation.
+    """
     carries = labels != ignore_index
     outside = carries & ((labels < 0) | (labels >= vocab_size))
     carrying, bad = torch.stack([carries.sum(), outside.sum()]).tolist()
@@ -46,7 +48,9 @@ def select(
     ignore_index: int,
     carrying: int,
 ) -> Rows:
-    """The rows that carry loss; `carrying` is their number, so that nothing waits for the device."""
+    """The rows that carry loss; `carrying` is their number, so that nothing waits for the
+    device.
+    """
     total = labels.numel()
     if carrying == total:
         return Rows(labels, None, total)

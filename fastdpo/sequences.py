@@ -1,7 +1,7 @@
 """Token log-probabilities to sequence log-probabilities, and the fused sigmoid loss on top of them.
 
-Rows belong to sequences in order: sequence s owns lengths[s] consecutive rows. Sums have a fixed order, so that
-neither padding nor the rest of the batch can change a bit of them.
+Rows belong to sequences in order: sequence s owns lengths[s] consecutive rows. Sums have a fixed
+order, so that neither padding nor the rest of the batch can change a bit of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def sigmoid_loss(
     pairs: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The DPO sigmoid loss [], the sequences' log-probabilities [2B] and their rewards [2B] (detached)."""
+    """The DPO sigmoid loss [], the sequences' log-probabilities [2B] and their rewards [2B]
+    (detached).
+    """
     offsets = offsets_of(lengths)
     if ref_logps is None:
         ref_logps = logps.new_zeros(lengths.shape)

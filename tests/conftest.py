@@ -1,4 +1,6 @@
-"""Shared settings of the tests: the Triton kernels run through the interpreter where there is no GPU."""
+"""Shared settings of the tests: the Triton kernels run through the interpreter where there is no
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    # Before anything imports triton; tests of the real compiler start processes of their own without it.
+    # Before anything imports triton; tests of the real compiler start processes of their own
+    # without it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest

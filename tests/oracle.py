@@ -1,7 +1,9 @@
-"""Eager PyTorch as oracle (fp64) and as baseline (the tested dtype), and the rule that compares the three.
+"""Eager PyTorch as oracle (fp64) and as baseline (the tested dtype), and the rule that compares the
+three.
 
-The rule is flash-attention's: the error against the oracle may be twice the baseline's for outputs and three times for
-gradients, plus a floor of a few roundings; the largest elementwise error and the RMS are both held to it.
+The rule is flash-attention's: the error against the oracle may be twice the baseline's for outputs
+and three times for gradients, plus a floor of a few roundings; the largest elementwise error and
+the RMS are both held to it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ def eager_logits(hidden, weight, bias=None, logit_scale=1.0, softcap=None, tempe
     return z / temperature
 
 
-def eager_logps(hidden, weight, labels, bias=None, ignore_index=-100, upcast=True, **head) -> Tensor:
-    """Per-token log-probabilities by log_softmax and gather, 0 where ignored; `upcast` the logits as trainers do."""
+def eager_logps(
+    hidden, weight, labels, bias=None, ignore_index=-100, upcast=True, **head
+) -> Tensor:
+    """Per-token log-probabilities by log_softmax and gather, 0 where ignored; `upcast` the logits
+    as trainers do.
+    """
     z = eager_logits(hidden, weight, bias, **head)
     if upcast and z.dtype in (torch.bfloat16, torch.float16):
         z = z.float()
@@ -35,7 +41,9 @@ def eager_logps(hidden, weight, labels, bias=None, ignore_index=-100, upcast=Tru
     return torch.where(mask, logps, torch.zeros((), dtype=logps.dtype))
 
 
-def assert_as_accurate(ours: Tensor, baseline: Tensor, oracle: Tensor, factor: float, what: str, slack: float = 1.0):
+def assert_as_accurate(
+    ours: Tensor, baseline: Tensor, oracle: Tensor, factor: float, what: str, slack: float = 1.0
+):
     """|ours − oracle| ≤ factor · |baseline − oracle| + floor, in the maximum and in the RMS."""
     assert ours.shape == oracle.shape, f"{what}: shape {ours.shape}, expected {oracle.shape}"
     ours, base, oracle = ours.double(), baseline.double(), oracle.double()
@@ -44,8 +52,16 @@ def assert_as_accurate(ours: Tensor, baseline: Tensor, oracle: Tensor, factor: f
         return
     eps = EPS[baseline.dtype]
     # In fp64 the baseline is the oracle itself, and the floor is the whole allowance.
-    floor = slack * (64 if baseline.dtype == torch.float64 else 4) * eps * oracle.abs().max().clamp_min(1e-30)
-    for name, norm in (("max", lambda t: t.abs().max()), ("rms", lambda t: t.square().mean().sqrt())):
+    floor = (
+        slack
+        * (64 if baseline.dtype == torch.float64 else 4)
+        * eps
+        * oracle.abs().max().clamp_min(1e-30)
+    )
+    for name, norm in (
+        ("max", lambda t: t.abs().max()),
+        ("rms", lambda t: t.square().mean().sqrt()),
+    ):
         error, allowed = norm(ours - oracle), factor * norm(base - oracle) + floor
         assert error <= allowed, f"{what}: {name} error {error:.3e}, allowed {allowed:.3e}"
 

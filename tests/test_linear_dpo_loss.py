@@ -1,4 +1,6 @@
-"""linear_dpo_loss end to end: every layout, kind of reference and option against eager PyTorch, and bad input."""
+"""linear_dpo_loss end to end: every layout, kind of reference and option against eager PyTorch, and
+bad input.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ B, T, D, V = 3, 11, 24, 331
 
 
 def batch(dtype=torch.float32, seed=0, requires_grad=True):
-    """A padded batch of B pairs with prompts ignored: hidden, weight, labels, ref_hidden, ref_weight."""
+    """A padded batch of B pairs with prompts ignored: hidden, weight, labels, ref_hidden,
+    ref_weight.
+    """
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(2 * B, T, D, generator=g).to(dtype)
     weight = (0.3 * torch.randn(V, D, generator=g)).to(dtype)
@@ -35,8 +39,12 @@ def batch(dtype=torch.float32, seed=0, requires_grad=True):
     )
 
 
-def eager_loss(hidden, weight, labels, ref_hidden=None, ref_weight=None, beta=0.1, smoothing=0.0, average=False):
-    """The DPO loss as trainers write it: loss, chosen_logps, rejected_logps, chosen_rewards, rejected_rewards."""
+def eager_loss(
+    hidden, weight, labels, ref_hidden=None, ref_weight=None, beta=0.1, smoothing=0.0, average=False
+):
+    """The DPO loss as trainers write it: loss, chosen_logps, rejected_logps, chosen_rewards,
+    rejected_rewards.
+    """
     count = (labels != -100).sum(-1) if average else 1
     sums = eager_logps(hidden, weight, labels).sum(-1) / count
     ref = torch.zeros_like(sums)
@@ -48,9 +56,13 @@ def eager_loss(hidden, weight, labels, ref_hidden=None, ref_weight=None, beta=0.
     return loss, sums[:B], sums[B:], rewards[:B], rewards[B:]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 @pytest.mark.parametrize("reference", ["hidden", "none"])
-@pytest.mark.parametrize("options", [{}, {"average_log_prob": True}, {"label_smoothing": 0.2, "beta": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"average_log_prob": True}, {"label_smoothing": 0.2, "beta": 0.5}], ids=str
+)
 def test_against_eager(dtype, reference, options):
     hidden, weight, labels, *ref = batch(dtype)
     ref = ref if reference == "hidden" else [None, None]
@@ -66,19 +78,26 @@ def test_against_eager(dtype, reference, options):
     tensors = (hidden, weight, *ref)
     ours, our_grads = run(linear_dpo_loss, tensors, **options)
     base, base_grads = run(eager_loss, tensors, **eager_options)
-    oracle, oracle_grads = run(eager_loss, [None if t is None else t.double() for t in tensors], **eager_options)
+    oracle, oracle_grads = run(
+        eager_loss, [None if t is None else t.double() for t in tensors], **eager_options
+    )
     fields = ("loss", "chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards")
     for name, a, b, c in zip(fields, ours, base, oracle, strict=True):
-        # Rewards are differences of sums some hundred times their size, and keep the roundings of those.
+        # Rewards are differences of sums some hundred times their size, and keep the roundings of
+        # those.
         assert_as_accurate(a, b, c, 2, name, slack=30.0)
-    for name, a, b, c in zip(("hidden", "weight"), our_grads, base_grads, oracle_grads, strict=True):
+    for name, a, b, c in zip(
+        ("hidden", "weight"), our_grads, base_grads, oracle_grads, strict=True
+    ):
         assert_as_accurate(a, b, c, 3, f"grad {name}")
 
 
 def test_equal_policy_and_reference_give_ln2_to_the_bit():
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, labels, *_ = batch(dtype)
-        out = linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden.detach(), ref_weight=weight.detach())
+        out = linear_dpo_loss(
+            hidden, weight, labels, ref_hidden=hidden.detach(), ref_weight=weight.detach()
+        )
         assert out.loss.item() == torch.tensor(math.log(2.0)).item()
         assert (out.chosen_rewards == 0).all()
         assert (out.rejected_rewards == 0).all()
@@ -147,7 +166,9 @@ def test_packed(objective, index_dtype):
 def test_kinds_of_reference_agree(average, objective):
     hidden, weight, labels, ref_hidden, ref_weight = batch()
     kwargs = {"average_log_prob": average, "objective": objective}
-    expected = linear_dpo_loss(hidden, weight, labels, ref_hidden=ref_hidden, ref_weight=ref_weight, **kwargs)
+    expected = linear_dpo_loss(
+        hidden, weight, labels, ref_hidden=ref_hidden, ref_weight=ref_weight, **kwargs
+    )
     per_token = linear_logps(ref_hidden, ref_weight, labels)
     sums = per_token.sum(-1)
     if average:
@@ -164,20 +185,32 @@ def test_reference_with_another_hidden_size_and_bias():
     bias, ref_bias = torch.randn(V), torch.randn(V)
     ref_hidden, ref_weight = torch.randn(2 * B, T, 7), torch.randn(V, 7)
     got = linear_dpo_loss(
-        hidden, weight, labels, bias=bias, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        ref_hidden=ref_hidden,
+        ref_weight=ref_weight,
+        ref_bias=ref_bias,
     )
     ref = eager_logps(ref_hidden, ref_weight, labels, ref_bias).sum(-1)
     policy = eager_logps(hidden, weight, labels, bias).sum(-1)
-    torch.testing.assert_close(got.chosen_rewards, 0.1 * (policy - ref)[:B].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        got.chosen_rewards, 0.1 * (policy - ref)[:B].detach(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_head_options_reach_policy_and_reference():
     hidden, weight, labels, ref_hidden, ref_weight = batch()
     head = {"logit_scale": 0.5, "softcap": 4.0, "temperature": 1.5}
-    got = linear_dpo_loss(hidden, weight, labels, ref_hidden=ref_hidden, ref_weight=ref_weight, **head)
+    got = linear_dpo_loss(
+        hidden, weight, labels, ref_hidden=ref_hidden, ref_weight=ref_weight, **head
+    )
     policy = eager_logps(hidden, weight, labels, **head).sum(-1)
     ref = eager_logps(ref_hidden, ref_weight, labels, **head).sum(-1)
-    torch.testing.assert_close(got.rejected_rewards, 0.1 * (policy - ref)[B:].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        got.rejected_rewards, 0.1 * (policy - ref)[B:].detach(), atol=1e-5, rtol=1e-5
+    )
 
 
 # What an objective cannot be called without, beyond the defaults.
@@ -191,7 +224,9 @@ PAIR_OBJECTIVES = [name for name, entry in objectives.OBJECTIVES.items() if entr
 
 @pytest.mark.parametrize("name", PAIR_OBJECTIVES)
 def test_every_objective_matches_autograd_through_eager_logps(name):
-    """The objective of the fused log-probabilities has the loss and gradients of the objective of eager ones."""
+    """The objective of the fused log-probabilities has the loss and gradients of the objective of
+    eager ones.
+    """
     entry = objectives.OBJECTIVES[name]
     hidden, weight, labels, ref_hidden, ref_weight = batch(torch.float64)
     ref = entry.reference != "refused"
@@ -240,7 +275,9 @@ def test_wpo_and_ld_weights_reach_the_loss():
     margin = 0.1 * (tokens - ref_tokens).sum(-1)
     expected = (-F.logsigmoid(margin[:B] - margin[B:]) * w[:B] * w[B:]).mean()
     torch.testing.assert_close(weighted.loss, expected)
-    for x, y in zip(*(torch.autograd.grad(t, hidden)[0] for t in (weighted.loss, expected)), strict=True):
+    for x, y in zip(
+        *(torch.autograd.grad(t, hidden)[0] for t in (weighted.loss, expected)), strict=True
+    ):
         torch.testing.assert_close(x, y)
 
     tokens = eager_logps(hidden, weight, labels)
@@ -268,7 +305,9 @@ def test_unpaired_and_ranked_layouts():
     assert out.chosen_logps.shape == (3,)
     assert out.rejected_logps.shape == (2,)
     assert torch.autograd.grad(out.loss, hidden)[0][:5].abs().sum() > 0
-    ranked = linear_dpo_loss(hidden, weight, labels, objective="plackett_luce", num_candidates=3, **ref)
+    ranked = linear_dpo_loss(
+        hidden, weight, labels, objective="plackett_luce", num_candidates=3, **ref
+    )
     rewards = 0.1 * (
         eager_logps(hidden, weight, labels) - eager_logps(ref_hidden, ref_weight, labels)
     ).sum(-1).view(3, 2)
@@ -332,7 +371,11 @@ BAD = {
     "hidden": [lambda g: {"hidden": g["hidden"][0]}],
     "labels": [
         lambda g: {"labels": g["labels"][:, :-1]},
-        lambda g: {"hidden": g["hidden"][:5], "labels": g["labels"][:5], "ref_logps": torch.zeros(5)},
+        lambda g: {
+            "hidden": g["hidden"][:5],
+            "labels": g["labels"][:5],
+            "ref_logps": torch.zeros(5),
+        },
         lambda g: {"labels": g["labels"].masked_fill(g["labels"] >= 0, V)},
     ],
     "ref_logps": [
@@ -348,7 +391,9 @@ BAD = {
     "ref_weight": [
         lambda g: {"ref_logps": None, "ref_hidden": g["hidden"], "ref_weight": g["weight"][1:]},
     ],
-    "ref_bias": [lambda g: {"ref_logps": None, "ref_hidden": g["hidden"], "ref_bias": torch.zeros(V)}],
+    "ref_bias": [
+        lambda g: {"ref_logps": None, "ref_hidden": g["hidden"], "ref_bias": torch.zeros(V)}
+    ],
     "beta": [lambda g: {"beta": 0.0}, lambda g: {"beta": -1.0}, lambda g: {"beta": float("nan")}],
     "label_smoothing": [lambda g: {"label_smoothing": -0.1}, lambda g: {"label_smoothing": 1.0}],
     "objective": [lambda g: {"objective": "dpo2"}],

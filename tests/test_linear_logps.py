@@ -32,7 +32,15 @@ def make(n, vocab, d, dtype, *, bias=False, ignored=0.3, spread=0.3, seed=0):
 
 
 def check(
-    hidden, weight, bias, labels, trained=(True, True, True), upstream=None, head=None, slack=1.0, **options
+    hidden,
+    weight,
+    bias,
+    labels,
+    trained=(True, True, True),
+    upstream=None,
+    head=None,
+    slack=1.0,
+    **options,
 ):
     """Values and gradients by the accuracy rule, its floor times `slack`; returns ours."""
     head = head or {}
@@ -54,7 +62,9 @@ def check(
     assert ours.dtype == (torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     assert (ours[labels == -100] == 0).all()
     assert_as_accurate(ours, base, oracle, 2, "logps", slack)
-    for name, a, b, c in zip(("hidden", "weight", "bias"), our_grads, base_grads, oracle_grads, strict=True):
+    for name, a, b, c in zip(
+        ("hidden", "weight", "bias"), our_grads, base_grads, oracle_grads, strict=True
+    ):
         assert (a is None) == (c is None)
         if c is not None:
             assert a.dtype == hidden.dtype
@@ -112,7 +122,9 @@ def test_upstream_gradients(kind):
 def test_leading_dimensions_and_strides():
     hidden, weight, _, labels = make(24, 300, 16, torch.float32)
     flat = linear_logps(hidden, weight, labels)
-    assert torch.equal(linear_logps(hidden.view(2, 3, 4, 16), weight, labels.view(2, 3, 4)).flatten(), flat)
+    assert torch.equal(
+        linear_logps(hidden.view(2, 3, 4, 16), weight, labels.view(2, 3, 4)).flatten(), flat
+    )
     wide = torch.randn(24, 32)
     wide[:, ::2] = hidden
     transposed = weight.t().contiguous().t()
@@ -125,7 +137,9 @@ def test_leading_dimensions_and_strides():
 def test_no_rows(trained):
     for n, ignored in ((0, 0.0), (7, 2.0)):
         hidden, weight, bias, labels = make(n, 100, 8, torch.float32, bias=True, ignored=ignored)
-        tensors = [t.requires_grad_(flag) for t, flag in zip((hidden, weight, bias), trained, strict=True)]
+        tensors = [
+            t.requires_grad_(flag) for t, flag in zip((hidden, weight, bias), trained, strict=True)
+        ]
         logps = linear_logps(hidden, weight, labels, bias=bias)
         assert logps.shape == (n,)
         assert (logps == 0).all()
@@ -146,7 +160,9 @@ def test_flat_and_peaked_softmax(spread, dtype):
     hidden, weight, _, labels = make(40, 2000, 32, dtype, spread=spread)
     check(hidden, weight, None, labels)
     if spread > 1:  # and with the most likely label everywhere, whose gradient vanishes
-        labels = torch.where(labels == -100, labels, (hidden.float() @ weight.float().t()).argmax(-1))
+        labels = torch.where(
+            labels == -100, labels, (hidden.float() @ weight.float().t()).argmax(-1)
+        )
         check(hidden, weight, None, labels)
 
 
@@ -155,14 +171,17 @@ def test_flat_and_peaked_softmax(spread, dtype):
 @pytest.mark.parametrize("workspace", [0, None])
 @pytest.mark.parametrize("head_trained", [True, False])
 def test_unlikely_labels(dtype, nats, workspace, head_trained):
-    """One token takes the probability; the label is `nats` below it; other rows of the batch are ordinary."""
+    """One token takes the probability; the label is `nats` below it; other rows of the batch are
+    ordinary.
+    """
     hidden, weight, _, labels = make(12, 640, 16, dtype, ignored=0.0)
     hidden[::3, 0] = float(nats)
     weight[:, 0] = 0.0
     weight[5, 0] = 1.0
     labels[::3] = 77
     trained = (True, head_trained, head_trained)
-    # A logit computed again may differ by one rounding of itself, and its exponential by that much relative to 1.
+    # A logit computed again may differ by one rounding of itself, and its exponential by that much
+    # relative to 1.
     slack = 1.0 if workspace is None else max(1.0, nats / 4)
     ours, _ = check(
         hidden, weight, None, labels, trained=trained, slack=slack, workspace_bytes=workspace
@@ -180,13 +199,17 @@ def test_huge_logits(dtype):
 
 
 def test_impossible_entries():
-    """A bias of −inf removes entries, as logit masks do; a label that is removed has log-probability −inf."""
+    """A bias of −inf removes entries, as logit masks do; a label that is removed has
+    log-probability −inf.
+    """
     hidden, weight, bias, labels = make(8, 50, 8, torch.float32, bias=True, ignored=0.0)
     bias[10:20] = -torch.inf
     labels = labels.clamp(max=9)
     hidden.requires_grad_()
     expected = eager_logps(hidden, weight, labels, bias)
-    ours = linear_logps(hidden, weight, labels, bias=bias, stats=("entropy", "log_sum_sq_probs", "is_top1"))
+    ours = linear_logps(
+        hidden, weight, labels, bias=bias, stats=("entropy", "log_sum_sq_probs", "is_top1")
+    )
     torch.testing.assert_close(ours.logps, expected, atol=1e-5, rtol=1e-5)
     (a,) = torch.autograd.grad(ours.logps.sum(), hidden)
     (b,) = torch.autograd.grad(expected.sum(), hidden)
@@ -197,13 +220,17 @@ def test_impossible_entries():
 
 
 @pytest.mark.parametrize("head", ["plain", "all"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_statistics(head, dtype):
     options = dict(HEADS[head])
     hidden, weight, bias, labels = make(60, 900, 32, dtype, bias=options.pop("bias", False))
     hidden[3] *= 60  # one very peaked row
     labels[3] = 5
-    top = eager_logits(hidden.double(), weight.double(), None if bias is None else bias.double(), **options)
+    top = eager_logits(
+        hidden.double(), weight.double(), None if bias is None else bias.double(), **options
+    )
     labels[10] = top[10].argmax()
     stats = ("is_top1", "entropy", "mean_logits", "log_sum_sq_probs")
     ours = linear_logps(hidden, weight, labels, bias=bias, stats=stats, **options)
@@ -220,7 +247,9 @@ def test_statistics(head, dtype):
     for name, value in expected.items():
         got = getattr(ours, name)
         assert (got[~carries] == 0).all()
-        torch.testing.assert_close(got[carries].double(), value, atol=tolerance, rtol=tolerance, msg=name)
+        torch.testing.assert_close(
+            got[carries].double(), value, atol=tolerance, rtol=tolerance, msg=name
+        )
     assert torch.equal(ours.is_top1[carries], z.argmax(-1) == labels[carries])
     assert ours.is_top1[10]
     assert not ours.is_top1[~carries].any()
@@ -238,21 +267,29 @@ def test_statistics_are_detached_and_entropy_refuses_a_gradient():
     assert hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize(
+    "trained", [(True, True, True), (True, False, False), (False, True, False)]
+)
 @pytest.mark.parametrize("workspace", [0, None])
 def test_gradcheck(trained, workspace):
     hidden, weight, bias, labels = make(6, 11, 4, torch.float64, bias=True)
-    tensors = [t.requires_grad_(flag) for t, flag in zip((hidden, weight, bias), trained, strict=True)]
+    tensors = [
+        t.requires_grad_(flag) for t, flag in zip((hidden, weight, bias), trained, strict=True)
+    ]
 
     def function(h, w, b):
-        return linear_logps(h, w, labels, bias=b, softcap=2.0, logit_scale=1.3, workspace_bytes=workspace)
+        return linear_logps(
+            h, w, labels, bias=b, softcap=2.0, logit_scale=1.3, workspace_bytes=workspace
+        )
 
     assert torch.autograd.gradcheck(function, tensors)
 
 
 @pytest.mark.parametrize("workspace", [0, 60_000, None])
 def test_backward_twice(workspace):
-    """A retained graph gives the same gradients again, although the first backward spends E as scratch."""
+    """A retained graph gives the same gradients again, although the first backward spends E as
+    scratch.
+    """
     hidden, weight, _, labels = make(20, 1500, 16, torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -286,7 +323,9 @@ def test_two_runs_agree_to_the_bit():
 def test_what_is_trained_does_not_change_the_bits():
     hidden, weight, bias, labels = make(300, 900, 32, torch.bfloat16, bias=True)
     reference = linear_logps(hidden, weight, labels, bias=bias)
-    for trained, workspace in itertools.product([(1, 1, 1), (1, 0, 0), (0, 1, 0)], [0, 100_000, None]):
+    for trained, workspace in itertools.product(
+        [(1, 1, 1), (1, 0, 0), (0, 1, 0)], [0, 100_000, None]
+    ):
         for t, flag in zip((hidden, weight, bias), trained, strict=True):
             t.requires_grad_(bool(flag))
         logps = linear_logps(hidden, weight, labels, bias=bias, workspace_bytes=workspace)
@@ -321,7 +360,11 @@ def test_integer_dtypes_of_labels_and_other_ignore_index():
 
 
 BAD = {
-    "hidden": [{"hidden": torch.zeros(4, 9)}, {"hidden": torch.zeros(4, 8, dtype=torch.int64)}, {"hidden": [1.0]}],
+    "hidden": [
+        {"hidden": torch.zeros(4, 9)},
+        {"hidden": torch.zeros(4, 8, dtype=torch.int64)},
+        {"hidden": [1.0]},
+    ],
     "weight": [
         {"weight": torch.zeros(8)},
         {"weight": torch.zeros(5, 8, dtype=torch.float64)},

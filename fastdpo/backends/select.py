@@ -1,7 +1,9 @@
-"""Which backend serves which primitive: by argument, then by environment variable, then automatically.
+"""Which backend serves which primitive: by argument, then by environment variable, then
+automatically.
 
-A choice that cannot be honoured is refused with the reason; nothing is swapped silently. The automatic choice is
-made per primitive, and only among backends that say they can run here on this device and dtype.
+A choice that cannot be honoured is refused with the reason; nothing is swapped silently. The
+automatic choice is made per primitive, and only among backends that say they can run here on this
+device and dtype.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import torch
 NAMES = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FASTDPO_BACKEND"
 
-# Automatic order per primitive on a CUDA device, with what it rests on. UNMEASURED until a GPU has run
-# `python -m benchmarks.kernels`: memory-bound kernels prefer the CUDA C++ build, products prefer Triton, and the
-# torch backend serves whatever the others refuse.
+# Automatic order per primitive on a CUDA device, with what it rests on. UNMEASURED until a GPU has
+# run `python -m benchmarks.kernels`: memory-bound kernels prefer the CUDA C++ build, products
+# prefer Triton, and the torch backend serves whatever the others refuse.
 PREFERENCE = {
     "exp_logits": ("triton", "torch"),
     "target_logits": ("triton", "cuda", "torch"),
@@ -60,7 +62,8 @@ def primitive(name: str, like: torch.Tensor, backend: str | None = None) -> Modu
         if ok:
             return _module(choice)
         if choice == "cuda" and "does not implement" in reason:
-            # The CUDA C++ build has no matrix product of its own: its users get the automatic choice for it.
+            # The CUDA C++ build has no matrix product of its own: its users get the automatic
+            # choice for it.
             return primitive(name, like, "auto")
         raise BackendUnavailable(f"backend {choice!r} cannot run {name}: {reason}")
     if like.is_cuda:

@@ -1,7 +1,8 @@
-"""The primitives in chunked PyTorch: any device, deterministic, and the oracle of the other backends.
+"""The primitives in chunked PyTorch: any device, deterministic, and the oracle of the other
+backends.
 
-It reads like the equations of `fastdpo.backends` and `fastdpo.head`, one vocabulary tile at a time, so that
-nothing of size [N, V] is ever written but what the caller asked for.
+It reads like the equations of `fastdpo.backends` and `fastdpo.head`, one vocabulary tile at a time,
+so that nothing of size [N, V] is ever written but what the caller asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ __all__ = [
     "target_logits",
 ]
 
-# Elements of one tile of logits: 8 MiB in fp32 stays in a CPU's last-level cache, 128 MiB fills a GPU.
+# Elements of one tile of logits: 8 MiB in fp32 stays in a CPU's last-level cache, 128 MiB fills a
+# GPU.
 _TILE_ELEMENTS = {"cpu": 1 << 21}
 _TILE_ELEMENTS_ELSEWHERE = 1 << 25
 _MIN_TILE_COLUMNS = 512
@@ -67,7 +69,8 @@ def target_logits(
     labels: Tensor,  # [N]
 ) -> Tensor:  # [N]
     dtype = accumulate_dtype(hidden.dtype)
-    # Multiplied in the input's precision, summed in the accumulate dtype; rows by rows, to stay small.
+    # Multiplied in the input's precision, summed in the accumulate dtype; rows by rows, to stay
+    # small.
     block = max(1, _tile_elements(hidden) // max(1, hidden.shape[1]))
     a = hidden.new_empty(hidden.shape[0], dtype=dtype)
     for start in range(0, hidden.shape[0], block):
@@ -96,7 +99,8 @@ def exp_logits(
     raised = ~(sums.sum <= RAISE_ABOVE)  # written so that NaN and inf are raised too
     if not bool(raised.any()):
         return sums
-    # The label of these rows is so unlikely that e leaves the range of fp32: anchor them at their maximum.
+    # The label of these rows is so unlikely that e leaves the range of fp32: anchor them at their
+    # maximum.
     rows = raised.nonzero().squeeze(1)
     hidden, labels = hidden[rows], labels[rows]
     top = _exp_sums(hidden, head, labels, anchor[rows], None, None, ("is_top1",)).top
@@ -105,10 +109,12 @@ def exp_logits(
     again = _exp_sums(hidden, head, labels, top, part, entry, stats)
     if out is not None:
         out[rows] = part
-    return ExpSums(*(
-        None if new is None else old.index_copy(0, rows, new)
-        for old, new in zip(sums, again, strict=True)
-    ))
+    return ExpSums(
+        *(
+            None if new is None else old.index_copy(0, rows, new)
+            for old, new in zip(sums, again, strict=True)
+        )
+    )
 
 
 def _exp_sums(
@@ -211,14 +217,20 @@ def sequence_loss(
     count = lengths.clamp(min=1).to(sums.dtype) if average else torch.ones_like(sums)
     sums = sums / count
     rewards = beta * (sums - ref_logps)
-    chosen, rejected = rewards.chunk(2) if pairs == "concatenated" else (rewards[::2], rewards[1::2])
+    chosen, rejected = (
+        rewards.chunk(2) if pairs == "concatenated" else (rewards[::2], rewards[1::2])
+    )
     margins = chosen - rejected
     losses = -(
         (1 - label_smoothing) * F.logsigmoid(margins) + label_smoothing * F.logsigmoid(-margins)
     )
     # d loss / d margin, over the mean's B
     slope = (label_smoothing - torch.sigmoid(-margins)) / max(1, margins.numel())
-    slope = torch.cat([slope, -slope]) if pairs == "concatenated" else torch.stack([slope, -slope], 1).flatten()
+    slope = (
+        torch.cat([slope, -slope])
+        if pairs == "concatenated"
+        else torch.stack([slope, -slope], 1).flatten()
+    )
     loss = losses.mean() if losses.numel() else losses.sum()
     return SequenceLoss(loss, sums, rewards, beta * slope / count)
 
@@ -227,7 +239,9 @@ def sequence_sums(
     logps: Tensor,  # [N]
     lengths: Tensor,  # [S]
 ) -> Tensor:  # [S]
-    """Σ of each sequence's tokens, in order, carried in fp64 so that padding and batching cannot show."""
+    """Σ of each sequence's tokens, in order, carried in fp64 so that padding and batching cannot
+    show.
+    """
     if lengths.numel() == 0 or logps.numel() == 0:
         return logps.new_zeros(lengths.shape)
     sums = torch.segment_reduce(logps.double(), "sum", lengths=lengths, initial=0)
@@ -247,8 +261,6 @@ def _row_blocks(carries: Tensor, logits: Tensor) -> list[Tensor]:
     """The rows that carry loss, in blocks of a tile's size."""
     block = max(1, _tile_elements(logits) // max(1, logits.shape[1]))
     return list(carries.nonzero().squeeze(1).split(block))
-
-
 
 
 PRIMITIVES = frozenset(__all__)
