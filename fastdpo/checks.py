@@ -6,6 +6,7 @@ Called by `fastdpo.loss` and by nothing below it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -216,7 +217,7 @@ def cu_seqlens(
         if (
             ends[0] != 0
             or ends[-1] != total
-            or any(a > b for a, b in zip(ends, ends[1:], strict=False))
+            or any(a > b for a, b in itertools.pairwise(ends))
         ):
             fail("cu_seqlens", f"ascending from 0 to the number of rows, {total}", ends)
     return value
