@@ -31,7 +31,8 @@ def shift_labels(labels: Tensor) -> Tensor:  # [S, T] -> [S, T]
 
 
 def unshift(values: Tensor) -> Tensor:  # [S, T] -> [S, T]
-    """The inverse for what was computed per prediction: column t is about token t, column 0 is empty."""
+    """The inverse for what was computed per prediction: column t is about token t, column 0 is
+    empty."""
     return F.pad(values[:, :-1], (1, 0))[:, : values.shape[1]]
 
 
@@ -50,7 +51,8 @@ def check_sequences(
         if not isinstance(value, Tensor) or value.shape != input_ids.shape:
             shape = getattr(value, "shape", type(value).__name__)
             raise ValueError(
-                f"{argument} should have the shape of input_ids, {tuple(input_ids.shape)}, got {shape}"
+                f"{argument} should have the shape of input_ids, {tuple(input_ids.shape)}, "
+                f"got {shape}"
             )
 
 
@@ -67,10 +69,13 @@ def preference_batch(batch: Mapping[str, Any]) -> PreferenceBatch:
     given = [key for key in ("labels", "completion_mask") if rest.get(key) is not None]
     if len(given) != 1:
         raise ValueError(
-            f"batch should have one of the keys 'labels' and 'completion_mask', got {given or 'neither'}"
+            "batch should have one of the keys 'labels' and 'completion_mask', "
+            f"got {given or 'neither'}"
         )
     labels, completion_mask = rest.pop("labels", None), rest.pop("completion_mask", None)
-    check_sequences(input_ids, labels if completion_mask is None else completion_mask, attention_mask, given[0])
+    check_sequences(
+        input_ids, labels if completion_mask is None else completion_mask, attention_mask, given[0]
+    )
     if input_ids.shape[0] % 2:
         raise ValueError(
             "batch['input_ids'] should hold an even number of sequences, chosen then rejected, "
@@ -89,7 +94,9 @@ def _reference(rest: dict[str, Any], pairs: int) -> Tensor | None:
     if len(missing) == len(values):
         return None
     if missing:
-        raise ValueError(f"batch has precomputed reference log-probabilities, but no {missing[0]!r}")
+        raise ValueError(
+            f"batch has precomputed reference log-probabilities, but no {missing[0]!r}"
+        )
     for key, value in values.items():
         if not isinstance(value, Tensor) or value.shape != (pairs,):
             shape = getattr(value, "shape", type(value).__name__)

@@ -1,9 +1,10 @@
-"""Runs a model up to its lm_head and no further: the hidden states that the head would have multiplied.
+"""Runs a model up to its lm_head and no further: what the head would have multiplied.
 
-For the duration of one forward the head's place in the model is taken by a `HeadTap`, which keeps its input and
-lets the real head see zero rows of it. Everything before the head (and around it: wrappers, hooks, a scaling of
-the hidden states, BERT's transform) runs as the model wrote it, and the logits it returns are [.., 0, V]. A
-module rather than a forward hook, because torch.compile guards on modules and not on hooks.
+For the duration of one forward the head's place in the model is taken by a `HeadTap`, which keeps
+its input and lets the real head see zero rows of it. Everything before the head (and around it:
+wrappers, hooks, a scaling of the hidden states, BERT's transform) runs as the model wrote it, and
+the logits it returns are [.., 0, V]. A module rather than a forward hook, because torch.compile
+guards on modules and not on hooks.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from fastdpo.head import Head
 from fastdpo.integrations import probe
 from fastdpo.integrations.families import head_rule
+from fastdpo.integrations.heads import bind_head
 from fastdpo.integrations.unwrap import (
     UnsupportedModel,
     causal_lm,
     output_head,
     peft_model,
-    read_head,
 )
 
 
@@ -34,11 +35,12 @@ class Captured(NamedTuple):
     hidden: Tensor  # [S, T, D] the lm_head's input
     head: Head
     autocast_dtype: torch.dtype | None  # the autocast that was in force at the head, None for none
-    aux_loss: Tensor | None  # [] the routers' balancing loss of a mixture of experts, where it was asked for
+    aux_loss: Tensor | None  # [] the balancing loss of a mixture of experts, if asked for
 
 
 class HeadTap(nn.Module):
-    """Stands in for an output head: keeps the input, gives the real head no rows (or the probe's)."""
+    """Stands in for an output head: keeps the input, gives the real head no rows (or the
+    probe's)."""
 
     def __init__(self, head: nn.Module, probing: bool):
         super().__init__()
@@ -71,7 +73,9 @@ class HeadTap(nn.Module):
 @contextmanager
 def _tapped(lm: nn.Module, head: nn.Module, probing: bool) -> Iterator[HeadTap]:
     tap = HeadTap(head, probing)
-    tap.training = head.training  # without touching the head's own mode
+    modes = [(module, module.training) for module in head.modules()]
+    if probing:
+        head.eval()  # LoRA's dropout would answer for its own noise
     places = [
         (module, name)
         for module in lm.modules()
@@ -85,6 +89,8 @@ def _tapped(lm: nn.Module, head: nn.Module, probing: bool) -> Iterator[HeadTap]:
     finally:
         for module, name in places:
             module._modules[name] = head
+        for module, training in modes:
+            module.training = training
 
 
 def capture(
@@ -110,20 +116,12 @@ def capture(
     with _tapped(lm, head_module, probing) as tap:
         outputs = model(input_ids=input_ids, **model_kwargs)
     hidden = _captured_hidden(tap, model, lm, input_ids)
-    head = read_head(model)
     if probing and tap.rows is not None:
         logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
         sixteen_bit = tap.autocast_dtype is not None or hidden.element_size() == 2
-        rows = tap.rows.to(head.weight.device)
-        logits = logits.to(head.weight.device)
-        probe.verify(head_module, lm, rule, rows, head, logits, sixteen_bit)
-    return Captured(
-        # Models split over several devices keep the head on the last one.
-        hidden.to(head.weight.device),
-        head,
-        tap.autocast_dtype,
-        getattr(outputs, "aux_loss", None),
-    )
+        probe.verify(head_module, lm, rule, tap.rows, logits, sixteen_bit)
+    hidden, head = bind_head(lm, hidden)
+    return Captured(hidden, head, tap.autocast_dtype, getattr(outputs, "aux_loss", None))
 
 
 def _captured_hidden(tap: HeadTap, model: nn.Module, lm: nn.Module, input_ids: Tensor) -> Tensor:
@@ -134,11 +132,13 @@ def _captured_hidden(tap: HeadTap, model: nn.Module, lm: nn.Module, input_ids: T
         )
     hidden = tap.hidden
     peft = peft_model(model)
-    if peft is not None and peft.active_peft_config.is_prompt_learning and hidden.ndim == 3:
+    prompts = getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False)
+    if prompts and hidden.ndim == 3:
         hidden = hidden[:, -input_ids.shape[1] :]  # virtual tokens come first and have no labels
     if hidden.shape[:-1] != input_ids.shape:
         raise UnsupportedModel(
-            f"model: the output head of {name} was given hidden states of shape {tuple(hidden.shape)} for "
-            f"input_ids of shape {tuple(input_ids.shape)}; expected [S, T, D]"
+            f"model: the output head of {name} was given hidden states of shape "
+            f"{tuple(hidden.shape)} for input_ids of shape {tuple(input_ids.shape)}; "
+            "expected [S, T, D]"
         )
     return hidden

@@ -1,11 +1,12 @@
 """What each family of Hugging Face models does between its hidden states and its logits.
 
-Most families compute `logits = lm_head(hidden)` and need no entry. The others are listed here, by the
-name of the model's class; a subclass inherits its parent's entry. An entry that is missing or out of date does no
-silent harm: `fastdpo.integrations.probe` compares every model's own logits with ours once.
+Most families compute `logits = lm_head(hidden)` and need no entry. The others are listed here, by
+the name of the model's class; a subclass inherits its parent's entry. An entry that is missing or
+out of date does no silent harm: `fastdpo.integrations.probe` compares every model's own logits with
+ours once.
 
-A model of one's own is taught to fastdpo by adding its entry: `FAMILIES["MyForCausalLM"] = lambda model:
-HeadRule(scale=model.config.my_scale)`.
+A model of one's own is taught to fastdpo by adding its entry: `FAMILIES["MyForCausalLM"] = lambda
+model: HeadRule(scale=model.config.my_scale)`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class HeadRule:
-    """logits = softcap(scale · lm_head(hidden_scale · hidden)), of which the first vocab_size are kept."""
+    """softcap(scale · lm_head(hidden_scale · hidden)), and of it the first vocab_size entries."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -137,7 +138,7 @@ FAMILIES: dict[str, Callable[[nn.Module], HeadRule]] = {
 
 
 def head_rule(model: nn.Module) -> HeadRule:
-    """The rule of an unwrapped Hugging Face causal language model; PLAIN where its family has no entry."""
+    """The rule of an unwrapped causal language model; PLAIN where its family has no entry."""
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:
             return FAMILIES[cls.__name__](model)

@@ -1,12 +1,14 @@
-"""Hugging Face causal language models: sequence log-probabilities and preference losses, without their logits.
+"""Hugging Face causal language models: sequence log-probabilities and preference losses, without
+their logits.
 
     sequence_logps    a model and a batch of sequences to their log-probabilities
     dpo_loss          a model, its reference and a batch of pairs to the loss
     read_head         the model's lm_head, as `fastdpo.loss` takes it
 
-The backbone runs as the model wrote it, through every wrapper around it, up to the input of its lm_head
-(`fastdpo.integrations.capture`); from there on it is `fastdpo.loss`. What the model's family does to its logits is
-listed in `fastdpo.integrations.families`, and compared with the model's own logits on the first call.
+The backbone runs as the model wrote it, through every wrapper around it, up to the input of its
+lm_head (`fastdpo.integrations.capture`); from there on it is `fastdpo.loss`. What the model's
+family does to its logits is listed in `fastdpo.integrations.families`, and compared with the
+model's own logits on the first call.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from fastdpo.integrations.batches import (
 )
 from fastdpo.integrations.capture import Captured, capture
 from fastdpo.integrations.families import FAMILIES, HeadRule
-from fastdpo.integrations.unwrap import UnsupportedModel, hidden_scale, peft_model, read_head
+from fastdpo.integrations.heads import hidden_scale, read_head
+from fastdpo.integrations.unwrap import UnsupportedModel, peft_model
 
 __all__ = [
     "FAMILIES",
@@ -73,11 +76,11 @@ def sequence_logps(
     Args:
         model: the model; inside DistributedDataParallel, torch.compile or PEFT's wrappers is fine.
         input_ids: [S, T] token ids.
-        labels: [S, T] Hugging Face labels: the same positions as input_ids (they are shifted here), -100
-            where a token carries no loss.
+        labels: [S, T] Hugging Face labels: the same positions as input_ids (they are shifted here),
+            -100 where a token carries no loss.
         attention_mask: [S, T], padding on either side.
-        per_token: return [S, T] instead of [S]; column t is about the token at position t, and 0 where it carries no
-            loss (always at position 0, which nothing predicts).
+        per_token: return [S, T] instead of [S]; column t is about the token at position t, and 0
+            where it carries no loss (always at position 0, which nothing predicts).
         stats: with per_token, any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; see
             `fastdpo.loss.linear_logps`. The result is then a `LinearLogps`, every field [S, T].
         average_log_prob: divide by the number of tokens that carry loss.
@@ -89,13 +92,16 @@ def sequence_logps(
 
     Raises:
         ValueError: naming the argument.
-        UnsupportedModel: a ValueError; the model's logits are not what fastdpo computes, or its head cannot be read.
+        UnsupportedModel: a ValueError; the model's logits are not what fastdpo computes, or its
+            head cannot be read.
     """
     check_sequences(input_ids, labels, attention_mask)
     if stats and not per_token:
         raise ValueError(f"stats should come with per_token=True, got {list(stats)} without it")
     if per_token and average_log_prob:
-        raise ValueError("average_log_prob should be False with per_token=True, which averages nothing")
+        raise ValueError(
+            "average_log_prob should be False with per_token=True, which averages nothing"
+        )
     captured = capture(model, input_ids, attention_mask, **model_kwargs)
     shifted = shift_labels(labels).to(captured.hidden.device)
     with _autocast_of_head(captured):
@@ -137,20 +143,25 @@ def dpo_loss(
     """The preference loss of a batch of pairs under a causal language model of transformers.
 
     The reference is, in this order: none where `reference_free`; the batch's `ref_chosen_logps` and
-    `ref_rejected_logps`; `ref_model`; a PEFT model with its adapter disabled. It gets no gradient. Dropout is left as
-    the models have it: put ref_model into eval mode, and the policy's dropout at 0 where adapters make the reference.
+    `ref_rejected_logps`; `ref_model`; a PEFT model with its adapter disabled. It gets no gradient.
+    Dropout is left as
+    the models have it: put ref_model into eval mode, and the policy's dropout at 0 where adapters
+    make the reference.
 
     Args:
         model: the policy, as in `sequence_logps`.
-        batch: TRL's names: `input_ids` [2B, T], the B chosen sequences first; `labels` [2B, T] (same positions, -100
-            without loss) or `completion_mask` [2B, T]; optionally `attention_mask` [2B, T], and
-            `ref_chosen_logps`, `ref_rejected_logps` [B] (sums; averages where `average_log_prob`). All other
-            entries go to the models' forward.
+        batch: TRL's names: `input_ids` [2B, T], the B chosen sequences first; `labels` [2B, T]
+            (same positions, -100 without loss) or `completion_mask` [2B, T]; optionally
+            `attention_mask` [2B, T], and `ref_chosen_logps`, `ref_rejected_logps` [B] (sums;
+            averages where `average_log_prob`). All other entries go to the models' forward.
         ref_model: the reference.
-        beta, objective, label_smoothing, average_log_prob, **objective_options: as in `fastdpo.loss.linear_dpo_loss`.
-        reference_free: the reference's log-ratio is 0. Objectives that define no reference (simpo, cpo, orpo) need it.
-        router_aux_loss_coef: for mixtures of experts: ask the model for its routers' balancing loss, and add it
-            times this. None leaves the model's own configuration alone, and adds nothing.
+        beta, objective, label_smoothing, average_log_prob, **objective_options: as in
+            `fastdpo.loss.linear_dpo_loss`.
+        reference_free: the reference's log-ratio is 0. Objectives that define no reference (simpo,
+            cpo, orpo) need it.
+        router_aux_loss_coef: for mixtures of experts: ask the model for its routers' balancing
+            loss, and add it times this. None leaves the model's own configuration alone, and adds
+            nothing.
         temperature, workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
 
     Raises:
@@ -192,7 +203,8 @@ def dpo_loss(
     if router_aux_loss_coef is not None:
         if captured.aux_loss is None:
             raise ValueError(
-                "router_aux_loss_coef should be None: the model returned no balancing loss (no mixture of experts?)"
+                "router_aux_loss_coef should be None: the model returned no balancing loss "
+                "(no mixture of experts?)"
             )
         loss = loss + router_aux_loss_coef * captured.aux_loss.to(loss.device)
     return DPOOutput(loss, *output[1:], captured.aux_loss)
@@ -209,8 +221,9 @@ def _reference_logps(
     peft = peft_model(model)
     if ref_model is None and peft is None:
         raise ValueError(
-            "ref_model should be given: the model is no PEFT model whose adapter could be disabled, and the batch "
-            "has no ref_chosen_logps and ref_rejected_logps (or pass reference_free=True)"
+            "ref_model should be given: the model is no PEFT model whose adapter could be "
+            "disabled, and the batch has no ref_chosen_logps and ref_rejected_logps (or pass "
+            "reference_free=True)"
         )
     with nullcontext() if ref_model is not None else peft.disable_adapter():
         captured = capture(
@@ -240,6 +253,7 @@ def _head_options(captured: Captured, temperature: float) -> dict[str, Any]:
 
 
 def _autocast_of_head(captured: Captured) -> torch.autocast:
-    """The autocast that the model's own head ran under: accelerate's begins and ends inside the forward."""
+    """The autocast that the model's own head ran under: accelerate's begins and ends inside the
+    forward."""
     dtype = captured.autocast_dtype
     return torch.autocast(captured.hidden.device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,8 +1,10 @@
-"""Is the head that we read the head that the model has? Asked once per model, answered by its own logits.
+"""Is the head that we read the head that the model has? Asked once per model, answered by its own
+logits.
 
-On the first call the model's real head is given a few rows instead of none: true hidden states, and the same ones
-enlarged up to 512 times, because a softcap or another curve hides below the small logits of a fresh model. The
-model's forward does to them what it does to all logits, and the outcome has to be ours.
+On the first call the model's real head is given a few rows instead of none: true hidden states, and
+the same ones enlarged up to 512 times, because a softcap or another curve hides below the small
+logits of a fresh model. The model's forward does to them what it does to all logits, and the
+outcome has to be ours.
 """
 
 from __future__ import annotations
@@ -13,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.backends.torch import logits_of
-from fastdpo.head import Head
 from fastdpo.integrations.families import HeadRule
+from fastdpo.integrations.heads import bind_head
 from fastdpo.integrations.unwrap import UnsupportedModel
 
 POSITIONS = 4
 SCALES = (1.0, 8.0, 64.0, 512.0)
-# The largest difference allowed, as a part of the row's largest logit: above what rounding (TF32 included) does,
-# below what any known transformation does.
+# The largest difference allowed, as a part of the row's largest logit: above what rounding (TF32
+# included) does, below what any known transformation does.
 TOLERANCE = 5e-3
 TOLERANCE_16_BIT = 3e-2
 _COLUMNS = 8192
 
-# Output head -> what was verified about it. The head module is the key, since a model that gets adapters or a new
-# head gets a new module, and because an entry must not keep a model alive.
+# Output head -> what was verified about it. The head module is the key, since a model that gets
+# adapters or a new head gets a new module, and because an entry must not keep a model alive.
 _verified: WeakKeyDictionary[nn.Module, tuple[str, HeadRule]] = WeakKeyDictionary()
 
 
@@ -35,7 +37,8 @@ def is_verified(head_module: nn.Module, lm: nn.Module, rule: HeadRule) -> bool:
 
 
 def probe_rows(hidden: Tensor) -> Tensor:
-    """hidden [..., D] -> [1, POSITIONS · len(SCALES), D], the rows that the real head is asked about."""
+    """hidden [..., D] -> [1, POSITIONS · len(SCALES), D], the rows that the real head is asked
+    about."""
     flat = hidden.detach().reshape(-1, hidden.shape[-1])
     count = flat.shape[0]
     rows = torch.stack([flat[i * (count - 1) // (POSITIONS - 1)] for i in range(POSITIONS)])
@@ -48,7 +51,6 @@ def verify(
     lm: nn.Module,
     rule: HeadRule,
     rows: Tensor,  # [1, K, D] what `probe_rows` chose
-    head: Head,
     logits: Tensor,  # [1, K, V] the model's own
     sixteen_bit: bool,
 ) -> None:
@@ -57,7 +59,8 @@ def verify(
     Raises:
         UnsupportedModel: the logits differ.
     """
-    rows, logits = rows[0], logits[0]
+    rows, head = bind_head(lm, rows[0])
+    logits = logits[0].to(head.weight.device)
     name = type(lm).__name__
     if logits.shape != (rows.shape[0], head.vocab_size):
         raise UnsupportedModel(
@@ -78,11 +81,13 @@ def verify(
         row = int(torch.where(wrong, worst, -1.0).argmax())
         raise UnsupportedModel(
             f"model: {name} does something to its logits that fastdpo does not know: they reach "
-            f"{logits[row].abs().amax():.4g} and differ from lm_head's by up to {worst[row]:.4g}; {_advice(name)}"
+            f"{logits[row].abs().amax():.4g} and differ from lm_head's by up to {worst[row]:.4g}; "
+            f"{_advice(name)}"
         )
     if comparable.any():
         _verified[head_module] = (type(lm).__qualname__, rule)
 
 
 def _advice(name: str) -> str:
-    return f"describe the family in fastdpo.integrations.families.FAMILIES[{name!r}]. Nothing was computed"
+    table = "fastdpo.integrations.families.FAMILIES"
+    return f"describe the family in {table}[{name!r}]. Nothing was computed"
