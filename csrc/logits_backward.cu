@@ -1,0 +1,28 @@
+#include "logits_backward.cuh"
+
+#include "launch.h"
+#include "ops.h"
+
+namespace fastdpo {
+
+int64_t logits_backward_splits(DType out_dtype, int64_t vocab) {
+  // Stretches begin at a 16-byte boundary at or before the row: leave room for the furthest.
+  const int64_t bytes = vocab * size_of(out_dtype) + kVectorBytes - size_of(out_dtype);
+  return ceil_div(bytes, logits_backward::kStretchBytes);
+}
+
+void run_logits_backward(const LogitsBackwardParams& params, DType dtype, DType out_dtype,
+                         int64_t rows, bool softcap, cudaStream_t stream) {
+  if (rows == 0) return;
+  with_type(dtype, [&](auto in) {
+    using In = decltype(in);
+    with_type(out_dtype, [&](auto out) {
+      using Out = decltype(out);
+      auto* kernel =
+          softcap ? logits_backward_kernel<In, Out, true> : logits_backward_kernel<In, Out, false>;
+      launch("logits_backward", kernel, rows * params.splits, stream, params);
+    });
+  });
+}
+
+}  // namespace fastdpo

@@ -1,0 +1,111 @@
+// logps and log-sum-exps of the labels of rows of materialized logits.
+//
+// Bytes moved: rows that carry loss × V × sizeof(T), read once; 16 per row for label and results,
+// and 32 per block for the label's own logit and the partial sum. Rows with a negative label are
+// not read.
+//
+// A row is split into stretches of kStretchBytes, one block each: a function of V and the type
+// alone, whatever the number of rows, so that a row's bits do not depend on the batch. The last
+// block of a row to finish combines the row's partial sums, always in the order of the columns.
+// (Unmeasured: last-block-done was chosen over a second launch because the combination is a few
+// loads by one thread, hidden under other blocks' reading; and over thread block clusters because
+// the same code then runs from sm_80 on.)
+#pragma once
+
+#include "logit_map.cuh"
+#include "online_sum.cuh"
+
+namespace fastdpo {
+
+namespace logits_forward {
+
+constexpr int kLoads = 4;  // vectors in flight per thread
+constexpr int kStretchBytes =
+    64 << 10;  // read by one block: four rounds of 256 threads × 4 vectors
+
+template <class T>
+constexpr int kColumns = kStretchBytes / static_cast<int>(sizeof(T));
+
+template <class T, bool kSoftcap, bool kMasked>
+__device__ __forceinline__ void add_vectors(OnlineSum& total, const uint4 (&raw)[kLoads], int first,
+                                            int step, int end, const LogitMap& map) {
+#pragma unroll
+  for (int u = 0; u < kLoads; ++u) {
+    float z[kVector<T>];
+    unpack<T>(raw[u], z);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      z[i] = map_logit<kSoftcap>(map, z[i]);
+      if (kMasked && first + u * step + i >= end) z[i] = -INFINITY;
+    }
+    total.add(z);
+  }
+}
+
+template <class T, bool kSoftcap>
+__device__ __forceinline__ OnlineSum sum_stretch(const T* row, int begin, int end, int vocab,
+                                                 const LogitMap& map) {
+  constexpr int kStep = kThreads * kVector<T>;
+  const RowReader<T> reader(row, vocab);
+  OnlineSum total;
+#pragma unroll 1
+  for (int base = begin; base < end; base += kLoads * kStep) {
+    const int first = base + static_cast<int>(threadIdx.x) * kVector<T>;
+    uint4 raw[kLoads];
+    reader.load(first, kStep, end, raw);
+    if (base + kLoads * kStep <= end) {
+      add_vectors<T, kSoftcap, false>(total, raw, first, kStep, end, map);
+    } else {
+      add_vectors<T, kSoftcap, true>(total, raw, first, kStep, end, map);
+    }
+  }
+  return total;
+}
+
+__device__ __forceinline__ void write_row(const LogitsForwardParams& p, int64_t row,
+                                          const OnlineSum& total, float own) {
+  // (own − top) − log Σ, and not own − lse: the difference of two large numbers is taken where it
+  // is exact.
+  const float log_sum = logf(total.sum);
+  p.logps[row] = (own - total.anchor()) - log_sum;
+  p.lse[row] = total.anchor() + log_sum;
+}
+
+}  // namespace logits_forward
+
+// One block per (row, stretch), stretches of a row next to each other.
+template <class T, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads) logits_forward_kernel(const LogitsForwardParams p) {
+  using namespace logits_forward;
+  FASTDPO_SHARED(float, scratch, 2 * kWarps);
+  const int64_t row = blockIdx.x / static_cast<unsigned>(p.splits);
+  const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.splits));
+  const int64_t label = p.labels[row];
+  if (label < 0) {
+    if (split == 0 && threadIdx.x == 0) p.logps[row] = p.lse[row] = 0.0f;
+    return;
+  }
+  const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
+  float own = NAN;  // a label outside the vocabulary is loud, and never read
+  if (threadIdx.x == 0 && label < p.vocab)
+    own = map_logit<kSoftcap>(p.map, Element<T>::load(logits + label));
+
+  const int begin = split * kColumns<T>;
+  const int end = p.vocab - begin < kColumns<T> ? p.vocab : begin + kColumns<T>;
+  OnlineSum total = sum_stretch<T, kSoftcap>(logits, begin, end, p.vocab, p.map);
+  total = block_combine(total, scratch);
+  if (threadIdx.x != 0) return;
+  if (p.splits == 1) return write_row(p, row, total, own);
+
+  float2* partials = p.partials + row * p.splits;
+  partials[split] = make_float2(total.top, total.sum);
+  if (!last_to_arrive(p.counters + row, static_cast<unsigned>(p.splits))) return;
+  total = OnlineSum{};
+  for (int i = 0; i < p.splits; ++i) {
+    const float2 partial = __ldcg(partials + i);
+    total.add(OnlineSum{partial.x, partial.y});
+  }
+  write_row(p, row, total, own);
+}
+
+}  // namespace fastdpo

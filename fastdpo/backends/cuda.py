@@ -1,0 +1,197 @@
+"""The primitives in CUDA C++: `fastdpo._cuda` on PyTorch tensors.
+
+Importing this module never needs the extension or a GPU; `available()` says what is missing.
+`exp_logits` is not here: a matrix product with an epilogue is Triton's (or the torch backend's).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdpo.backends import SequenceLoss
+from fastdpo.backends.cuda_ops import extension, supports
+from fastdpo.head import Head
+
+__all__ = [
+    "CAPABILITIES",
+    "PRIMITIVES",
+    "LogitsLoss",
+    "available",
+    "logits_logps",
+    "logits_logps_backward",
+    "logits_sequence_loss",
+    "sequence_loss",
+    "supports",
+    "target_logits",
+]
+
+
+class Capability(NamedTuple):
+    """What one primitive is expected to be good for, and what that rests on."""
+
+    bound: str  # what its time should be limited by
+    measured: str | None  # the measurement, with its source; None until there is one
+    reason: str  # why it is believed, until then
+
+
+# UNMEASURED: no GPU has run these kernels yet. `python -m benchmarks.kernels` fills in `measured`.
+CAPABILITIES = {
+    "logits_logps": Capability(
+        "reading the logits once",
+        None,
+        "four 16-byte loads in flight a thread and about 10 instructions an element in the machine "
+        "code, where an H100's memory allows 17 for bf16",
+    ),
+    "logits_logps_backward": Capability(
+        "reading the logits and writing the gradient, once each",
+        None,
+        "the forward's loads, one exponential an element, streaming stores; ignored rows unread",
+    ),
+    "target_logits": Capability(
+        "reading hidden and the labels' rows of weight once",
+        None,
+        "a warp a row, eight 16-byte loads in flight a lane; next to two matrix products, little",
+    ),
+    "sequence_loss": Capability(
+        "the latency of a memset and a launch",
+        None,
+        "one launch for sums, loss, rewards and coefficients instead of a dozen",
+    ),
+}
+PRIMITIVES = frozenset(CAPABILITIES)
+
+_PAIRS = ("concatenated", "interleaved")
+
+
+class LogitsLoss(NamedTuple):
+    """What `logits_sequence_loss` returns, in float32."""
+
+    loss: SequenceLoss
+    margins: Tensor  # [B] the chosen's reward minus the rejected's
+    row_coefficients: Tensor  # [N] ∂loss/∂logps of every row, 0 where it carries no loss
+    logps: Tensor  # [N]
+    lse: Tensor  # [N]
+
+
+# ---- Whether it can run
+
+
+def available() -> tuple[bool, str]:
+    """Whether the CUDA C++ kernels run on this machine's current device, and why (not)."""
+    try:
+        built = extension()
+    except ImportError as error:
+        return False, (
+            f"the extension fastdpo._cuda is not built ({error}); install from source with nvcc "
+            "on PATH and FASTDPO_BUILD_CUDA=1"
+        )
+    if torch.version.hip is not None:
+        return False, "this PyTorch is built for ROCm, not for CUDA"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device: torch.cuda.is_available() is False"
+    major = built.CUDART_VERSION // 1000
+    if built.driver_version() < 1000 * major:
+        driver = built.driver_version()
+        return False, (
+            f"the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}, and fastdpo._cuda "
+            f"was built with CUDA {major}"
+        )
+    try:
+        built.check_architecture(*torch.cuda.get_device_capability())
+    except ValueError as error:
+        return False, str(error)
+    return True, f"CUDA C++ for {', '.join(_with_point(a) for a in built.SASS_ARCHITECTURES)}"
+
+
+# ---- The primitives (contract: fastdpo.backends)
+
+
+def target_logits(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]; outside [0, V): NaN
+) -> Tensor:  # [N] float32
+    return torch.ops.fastdpo_cuda.target_logits(
+        hidden, head.weight, head.bias, labels, *_transform(head)
+    )
+
+
+def logits_logps(
+    logits: Tensor,  # [N, V], any row stride
+    labels: Tensor,  # [N]; negative: no loss, not read; ≥ V: NaN
+    head: Head,
+) -> tuple[Tensor, Tensor]:  # [N], [N] float32
+    return torch.ops.fastdpo_cuda.logits_logps(logits, labels, *_transform(head))
+
+
+def logits_logps_backward(
+    grad_logps: Tensor,  # [N] float32, any stride (0 where expanded)
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N] float32
+    head: Head,
+    out: Tensor,  # [N, V], of any served dtype; may be logits itself
+    *,
+    grad_scale: Tensor | None = None,  # [] or [1] float32: multiplies grad_logps, on the device
+) -> None:
+    torch.ops.fastdpo_cuda.logits_logps_backward(
+        grad_logps, logits, labels, lse, *_transform(head), out, grad_scale
+    )
+
+
+def sequence_loss(
+    logps: Tensor,  # [N] float32
+    offsets: Tensor,  # [2B + 1] int64
+    ref_logps: Tensor,  # [2B]
+    beta: float,
+    label_smoothing: float,
+    average: bool,
+    pairs: str,
+) -> SequenceLoss:
+    interleaved = _interleaved(pairs)
+    results = torch.ops.fastdpo_cuda.sequence_loss(
+        logps, None, offsets, ref_logps, beta, label_smoothing, average, interleaved
+    )
+    return SequenceLoss(*results[:4])
+
+
+def logits_sequence_loss(
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]; negative: the row is in no sum and in no average
+    head: Head,
+    offsets: Tensor,  # [2B + 1] int64, over all N rows
+    ref_logps: Tensor,  # [2B]
+    beta: float,
+    label_smoothing: float = 0.0,
+    average: bool = False,
+    pairs: str = "concatenated",
+) -> LogitsLoss:
+    """Materialized logits to the DPO sigmoid loss in one launch sequence: two kernels, no host.
+
+    The gradient with respect to the logits is
+    `logits_logps_backward(row_coefficients, …, grad_scale=∂/∂loss)`.
+    """
+    interleaved = _interleaved(pairs)
+    *results, margins, row_coefficients, logps, lse = torch.ops.fastdpo_cuda.logits_sequence_loss(
+        logits, labels, offsets, ref_logps, *_transform(head), beta, label_smoothing, average,
+        interleaved,
+    )  # fmt: skip
+    return LogitsLoss(SequenceLoss(*results), margins, row_coefficients, logps, lse)
+
+
+def _transform(head: Head) -> tuple[float, float, float]:
+    """scale, softcap (0: none) and temperature as the ops take them."""
+    return head.scale, head.softcap or 0.0, head.temperature
+
+
+def _interleaved(pairs: str) -> bool:
+    if pairs not in _PAIRS:
+        raise ValueError(f"pairs: must be one of {', '.join(_PAIRS)}, got {pairs!r}")
+    return pairs == "interleaved"
+
+
+def _with_point(architecture: int) -> str:
+    return f"{architecture // 10}.{architecture % 10}"
