@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo import checks, linear, objectives, rows, sequences
+from fastdpo import checks, compiled, linear, objectives, rows, sequences
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
 from fastdpo.logits import token_logps as _token_logps_of_logits
@@ -123,8 +123,8 @@ def linear_logps(
     )
     labels = checks.labels(labels, hidden.shape[:-1], hidden)
     plan = _plan(hidden, stats, workspace_bytes, backend)
-    carrying = checks.label_rows(labels.flatten(), ignore_index, head.vocab_size, row_index)
-    tokens = linear.token_logps(hidden.reshape(-1, hidden.shape[-1]), head, carrying, plan)
+    carrying = _rows(labels, ignore_index, head, row_index)
+    tokens = _token_logps(hidden, head, carrying, plan)
     fields = (None if t is None else carrying.scatter(t).view(labels.shape) for t in tokens)
     result = LinearLogps(*fields)
     return result if plan.stats else result.logps
@@ -213,27 +213,24 @@ def linear_dpo_loss(
         has_reference=has_reference,
         options=objective_options,
     )
-    flat = labels.flatten()
-    lengths_of = _lengths(labels, ignore_index, cu_seqlens, row_index)
     count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_count(count, resolved, hidden.device, cu_seqlens)
     per_token_reference = _check_ref_logps(ref_logps, labels, count)
     plan = _plan(hidden, ("log_sum_sq_probs",) if resolved.wpo else (), workspace_bytes, backend)
-    carrying = checks.label_rows(flat, ignore_index, head.vocab_size, row_index)
+    carrying = _rows(labels, ignore_index, head, row_index)
 
-    tokens = linear.token_logps(hidden.reshape(-1, hidden.shape[-1]), head, carrying, plan)
-    lengths = lengths_of()
+    tokens = _token_logps(hidden, head, carrying, plan)
+    segments = _segments(labels, ignore_index, cu_seqlens, row_index)
     if ref_head is not None:
+        ref_plan = _plan(ref_hidden, (), workspace_bytes, backend)
         with torch.no_grad():
-            ref_plan = _plan(ref_hidden, (), workspace_bytes, backend)
-            ref_rows = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-            ref_tokens = linear.token_logps(ref_rows, ref_head, carrying, ref_plan).logps
+            ref_tokens = _token_logps(ref_hidden, ref_head, carrying, ref_plan).logps
     elif per_token_reference:
         ref_tokens = carrying.gather(ref_logps.detach().flatten()).to(tokens.logps.dtype)
     else:
         ref_tokens = None
     return _sequence_objective(
-        tokens, ref_tokens, ref_logps, lengths, resolved, average_log_prob, pairs, plan.backend
+        tokens, ref_tokens, ref_logps, segments, resolved, average_log_prob, pairs, plan.backend
     )
 
 
@@ -429,23 +426,28 @@ class FusedLinearDPOLoss(torch.nn.Module):
         ref_head = _reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
         _check_count(labels.shape[0], resolved, _input.device)
         plan = _plan(_input, (), None, None)
-        carrying = checks.label_rows(labels.flatten(), self.ignore_index, head.vocab_size, None)
+        carrying = _rows(labels, self.ignore_index, head, None)
 
-        tokens = linear.token_logps(_input.reshape(-1, _input.shape[-1]), head, carrying, plan)
+        tokens = _token_logps(_input, head, carrying, plan)
         ref_tokens = None
         if ref_head is not None:
             with torch.no_grad():
-                ref_rows = ref_input.reshape(-1, ref_input.shape[-1])
-                ref_tokens = linear.token_logps(
-                    ref_rows, ref_head, carrying, _plan(ref_input, (), None, None)
-                ).logps
-        lengths = rows.lengths_padded(labels, self.ignore_index)
+                ref_plan = _plan(ref_input, (), None, None)
+                ref_tokens = _token_logps(ref_input, ref_head, carrying, ref_plan).logps
+        segments = _segments(labels, self.ignore_index, None, None)
         output = _sequence_objective(
-            tokens, ref_tokens, None, lengths, resolved, self.average_log_prob, "concatenated", None
+            tokens,
+            ref_tokens,
+            None,
+            segments,
+            resolved,
+            self.average_log_prob,
+            "concatenated",
+            None,
         )
         loss, nll = output.loss, output.loss.new_zeros(())
         if self.compute_nll_loss:
-            nll = _chosen_nll(tokens.logps, lengths, "concatenated")
+            nll = _chosen_nll(tokens.logps, segments, "concatenated")
             loss = loss + self.alpha * nll
         means = [_mean_logits(half, head) for half in _input.detach().chunk(2)]
         return loss, (
@@ -559,31 +561,51 @@ def _check_ref_logps(
     return True
 
 
-def _lengths(
-    labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None, row_index: Tensor | None
-):
-    """A function of nothing that gives the rows of each sequence that carry loss, [S]."""
+def _rows(
+    labels: Tensor, ignore_index: int, head: Head, row_index: Tensor | None
+) -> rows.Rows | compiled.DeferredRows:
+    """The rows that carry loss, checked; while torch.compile traces, the promise of them."""
+    if torch.compiler.is_compiling():
+        return compiled.DeferredRows(labels.flatten(), ignore_index, row_index)
+    return checks.label_rows(labels.flatten(), ignore_index, head.vocab_size, row_index)
+
+
+def _token_logps(
+    hidden: Tensor, head: Head, carrying: rows.Rows | compiled.DeferredRows, plan: linear.Plan
+) -> linear.TokenLogps:
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if isinstance(carrying, compiled.DeferredRows):
+        return compiled.token_logps(flat, head, carrying, plan)
+    return linear.token_logps(flat, head, carrying, plan)
+
+
+def _segments(
+    labels: Tensor,  # [S, T] or [M]
+    ignore_index: int,
+    cu_seqlens: Tensor | None,  # [S + 1]
+    row_index: Tensor | None,  # [N]
+) -> sequences.Segments:
+    """Which of the rows that `_token_logps` gives belong to which sequence."""
+    carries = labels != ignore_index
     if row_index is not None:
-        mask = torch.ones_like(labels).flatten()
-
-        def carried() -> Tensor:
-            mask.fill_(ignore_index).index_fill_(0, row_index, ignore_index + 1)
-            return mask.view(labels.shape)
-    else:
-
-        def carried() -> Tensor:
-            return labels
-
+        carries = torch.zeros_like(carries).flatten().index_fill(0, row_index, True)
+        carries = carries.view(labels.shape)
     if cu_seqlens is None:
-        return lambda: rows.lengths_padded(carried(), ignore_index)
-    return lambda: rows.lengths_packed(carried(), cu_seqlens, ignore_index)
+        lengths = rows.lengths_padded(carries)
+        positions = torch.full_like(lengths, labels.shape[1])
+    else:
+        lengths = rows.lengths_packed(carries, cu_seqlens)
+        positions = cu_seqlens.long().diff()
+    if torch.compiler.is_compiling():
+        return sequences.Segments(positions, lengths, carries.flatten())
+    return sequences.Segments(lengths, lengths)
 
 
 def _sequence_objective(
     tokens: linear.TokenLogps,
     ref_tokens: Tensor | None,  # [N]
     ref_logps: Tensor | None,  # [S], where ref_tokens is None
-    lengths: Tensor,  # [S]
+    segments: sequences.Segments,
     resolved: objectives.ResolvedObjective,
     average: bool,
     pairs: str,
@@ -592,19 +614,21 @@ def _sequence_objective(
     """Per-token log-probabilities of the rows that carry loss to the loss."""
     logps = tokens.logps
     if resolved.ld_alpha is not None:
-        weights = _ld_weights(lengths, logps.shape[0], pairs, resolved.ld_alpha).to(logps.dtype)
+        sequence, position = segments.positions(logps.shape[0])
+        weights = objectives.ld_token_weights(
+            segments.lengths, position, sequence, resolved.ld_alpha, pairs=pairs, dtype=logps.dtype
+        )
         logps = logps * weights
         ref_tokens = None if ref_tokens is None else ref_tokens * weights
-    count = lengths.clamp(min=1).to(logps.dtype) if average else None
     if ref_tokens is not None:
-        ref_logps = sequences.sequence_sums(ref_tokens, lengths)
-        ref_logps = ref_logps if count is None else ref_logps / count
+        ref_logps = sequences.sequence_sums(ref_tokens, segments.rows)
+        ref_logps = segments.average(ref_logps) if average else ref_logps
     elif ref_logps is not None:
         ref_logps = ref_logps.detach().to(logps.dtype)
-    if resolved.fused_sigmoid:
+    if resolved.fused_sigmoid and segments.carries is None:
         loss, sums, rewards = sequences.sigmoid_loss(
             logps,
-            lengths,
+            segments.lengths,
             ref_logps,
             beta=resolved.beta,
             label_smoothing=resolved.label_smoothing,
@@ -613,18 +637,22 @@ def _sequence_objective(
             backend=backend,
         )
         return LinearDPOOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
-    sums = sequences.sequence_sums(logps, lengths)
+    sums = sequences.sequence_sums(logps, segments.rows)
     weights = None
     if resolved.wpo:
-        offsets = sequences.offsets_of(lengths)
-        weights = objectives.wpo_weights(tokens.logps, tokens.log_sum_sq_probs, offsets)
+        weights = objectives.wpo_weights(
+            tokens.logps,
+            tokens.log_sum_sq_probs,
+            sequences.offsets_of(segments.rows),
+            segments.lengths,
+        )
     output = resolved(
         objectives.SequenceLogps(
-            logps=sums if count is None else sums / count,
+            logps=segments.average(sums) if average else sums,
             ref_logps=ref_logps,
-            lengths=lengths,
+            lengths=segments.lengths,
             weights=weights,
-            nll=_chosen_nll(tokens.logps, lengths, pairs) if resolved.needs_nll else None,
+            nll=_chosen_nll(tokens.logps, segments, pairs) if resolved.needs_nll else None,
             pairs=pairs,
         )
     )
@@ -640,27 +668,13 @@ def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B],
 
 def _chosen_nll(
     logps: Tensor,  # [N]
-    lengths: Tensor,  # [2B]
+    segments: sequences.Segments,
     pairs: str,
 ) -> Tensor:  # []
     """The mean negative log-likelihood of the chosen answers' tokens; 0 where there are none."""
-    chosen, _ = _split(sequences.sequence_sums(logps, lengths), pairs)
-    tokens, _ = _split(lengths, pairs)
+    chosen, _ = _split(sequences.sequence_sums(logps, segments.rows), pairs)
+    tokens, _ = _split(segments.lengths, pairs)
     return -chosen.sum() / tokens.sum().clamp(min=1)
-
-
-def _ld_weights(
-    lengths: Tensor,  # [2B]
-    total: int,
-    pairs: str,
-    ld_alpha: float,
-) -> Tensor:  # [N]
-    """LD-DPO's weight of each row: `ld_alpha` beyond the length that the pair's answers share."""
-    sequence = torch.arange(lengths.numel(), device=lengths.device)
-    sequence = sequence.repeat_interleave(lengths, output_size=total)
-    position = torch.arange(total, device=lengths.device)
-    position = position - sequences.offsets_of(lengths)[sequence]
-    return objectives.ld_token_weights(lengths, position, sequence, ld_alpha, pairs=pairs)
 
 
 @torch.no_grad()

@@ -157,6 +157,29 @@ def test_the_routers_loss_of_a_mixture_of_experts(models):
         hf.dpo_loss(models[0], pairs, reference_free=True, router_aux_loss_coef=0.5)
 
 
+def test_statistics_of_the_tokens_come_with_the_loss(models):
+    model, reference = models
+    pairs = preference_batch()
+    names = ("entropy", "mean_logits", "is_top1")
+    plain = hf.dpo_loss(model, pairs, reference)
+    out = hf.dpo_loss(model, pairs, reference, stats=names)
+    expected = hf.sequence_logps(
+        model,
+        pairs["input_ids"],
+        pairs["labels"],
+        pairs["attention_mask"],
+        per_token=True,
+        stats=names,
+    )
+    assert plain.tokens is None
+    assert torch.equal(plain.loss, out.loss)
+    assert out.tokens.log_sum_sq_probs is None
+    for name in ("logps", *names):
+        got = getattr(out.tokens, name)
+        assert not got.requires_grad
+        torch.testing.assert_close(got, getattr(expected, name).detach())
+
+
 def test_other_entries_of_the_batch_go_to_the_model(models):
     pairs = preference_batch()
     shifted = {**pairs, "position_ids": torch.arange(3, 14).expand(6, -1)}

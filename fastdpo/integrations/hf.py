@@ -55,6 +55,7 @@ class DPOOutput(NamedTuple):
     chosen_rewards: Tensor  # [B], detached
     rejected_rewards: Tensor  # [B], detached
     aux_loss: Tensor | None  # [] the routers' balancing loss, where the model returned one
+    tokens: core.LinearLogps | None  # detached, each [2B, T]; None without `stats`
 
 
 def sequence_logps(
@@ -114,10 +115,10 @@ def sequence_logps(
             backend=backend,
             **_head_options(captured, temperature),
         )
+    if isinstance(tokens, core.LinearLogps):
+        return _at_tokens(tokens)
     if per_token:
-        if isinstance(tokens, Tensor):
-            return unshift(tokens)
-        return core.LinearLogps(*(None if field is None else unshift(field) for field in tokens))
+        return unshift(tokens)
     sums = tokens.sum(-1)
     if average_log_prob:
         sums = sums / (shifted != IGNORE_INDEX).sum(-1).clamp(min=1)
@@ -135,10 +136,11 @@ def dpo_loss(
     average_log_prob: bool = False,
     reference_free: bool = False,
     router_aux_loss_coef: float | None = None,
+    stats: Sequence[str] = (),
     temperature: float = 1.0,
     workspace_bytes: int | None = None,
     backend: str | None = None,
-    **objective_options: object,
+    **objective_options: Any,
 ) -> DPOOutput:
     """The preference loss of a batch of pairs under a causal language model of transformers.
 
@@ -162,6 +164,7 @@ def dpo_loss(
         router_aux_loss_coef: for mixtures of experts: ask the model for its routers' balancing
             loss, and add it times this. None leaves the model's own configuration alone, and adds
             nothing.
+        stats: what to report about every token, as in `sequence_logps`; comes back in `tokens`.
         temperature, workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
 
     Raises:
@@ -196,6 +199,7 @@ def dpo_loss(
             average_log_prob=average_log_prob,
             workspace_bytes=workspace_bytes,
             backend=backend,
+            stats=stats,
             **_head_options(captured, temperature),
             **objective_options,
         )
@@ -207,7 +211,15 @@ def dpo_loss(
                 "(no mixture of experts?)"
             )
         loss = loss + router_aux_loss_coef * captured.aux_loss.to(loss.device)
-    return DPOOutput(loss, *output[1:], captured.aux_loss)
+    return DPOOutput(
+        loss,
+        output.chosen_logps,
+        output.rejected_logps,
+        output.chosen_rewards,
+        output.rejected_rewards,
+        captured.aux_loss,
+        None if output.tokens is None else _at_tokens(output.tokens),
+    )
 
 
 @torch.no_grad()
@@ -219,27 +231,34 @@ def _reference_logps(
     backend: str | None,
 ) -> Tensor:  # [2B, T] per token, aligned with the shifted labels
     peft = peft_model(model)
-    if ref_model is None and peft is None:
+    if ref_model is not None:
+        adapter, reference = nullcontext(), ref_model
+    elif peft is not None:
+        adapter, reference = peft.disable_adapter(), model
+    else:
         raise ValueError(
             "ref_model should be given: the model is no PEFT model whose adapter could be "
             "disabled, and the batch has no ref_chosen_logps and ref_rejected_logps (or pass "
             "reference_free=True)"
         )
-    with nullcontext() if ref_model is not None else peft.disable_adapter():
-        captured = capture(
-            model if ref_model is None else ref_model,
-            parts.input_ids,
-            parts.attention_mask,
-            **parts.model_kwargs,
-        )
+    with adapter:
+        captured = capture(reference, parts.input_ids, parts.attention_mask, **parts.model_kwargs)
         with _autocast_of_head(captured):
-            return core.linear_logps(
+            logps = core.linear_logps(
                 captured.hidden,
                 captured.head.weight,
                 shift_labels(parts.labels).to(captured.hidden.device),
                 backend=backend,
                 **_head_options(captured, temperature),
             )
+    assert isinstance(logps, Tensor)  # no stats were asked for
+    return logps
+
+
+def _at_tokens(tokens: core.LinearLogps) -> core.LinearLogps:
+    """From the positions that predict to the positions that are predicted."""
+    fields = {name: value for name, value in tokens._asdict().items() if value is not None}
+    return core.LinearLogps(**{name: unshift(value) for name, value in fields.items()})
 
 
 def _head_options(captured: Captured, temperature: float) -> dict[str, Any]:
