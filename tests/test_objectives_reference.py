@@ -284,7 +284,7 @@ _OFFSET = torch.tensor([0.2, -0.4, 1.5, 0.0], dtype=torch.float64)
 # Options and label smoothing of each objective; every option of every objective is used at least
 # once.
 CASES: dict[str, list[tuple[dict[str, object], float]]] = {
-    "sigmoid": [({}, 0.0), ({}, 0.1), ({}, 0.5)],
+    "sigmoid": [({}, 0.0), ({}, 0.1), ({}, 0.49)],
     "hinge": [({}, 0.0)],
     "ipo": [({}, 0.0), ({"length_normalized": True}, 0.0)],
     "exo_pair": [({}, 1e-3), ({}, 0.3)],

@@ -100,7 +100,7 @@ def ipo(p: Pairs, *, length_normalized: bool) -> Tensor:
     formula="q · (log q − log(1 − ε)) + (1 − q) · (log(1 − q) − log ε) with q = σ(β · (s_w − s_l))",
     paper="Ji et al. 2024, arXiv 2402.00856",
     reference="optional",
-    label_smoothing=Range(0.0, 0.5, open_low=True),
+    label_smoothing=Range(0.0, 0.5, open_low=True, open_high=True),
     f_divergence="composes",
 )
 def exo_pair(p: Pairs) -> Tensor:
@@ -129,7 +129,7 @@ def nca_pair(p: Pairs) -> Tensor:
     formula="(−(1 − ε) · log σ(z) + ε · log σ(−z)) / (1 − 2ε) with z = β · (s_w − s_l)",
     paper="Chowdhury et al. 2024, arXiv 2403.00409",
     reference="optional",
-    label_smoothing=Range(0.0, 0.5, open_high=True),
+    label_smoothing=SMOOTHING,
     f_divergence="composes",
 )
 def robust(p: Pairs) -> Tensor:

@@ -61,7 +61,7 @@ class Range:
 POSITIVE: Final = Range(low=0.0, open_low=True)
 NON_NEGATIVE: Final = Range(low=0.0)
 FINITE: Final = Range()
-SMOOTHING: Final = Range(0.0, 0.5)
+SMOOTHING: Final = Range(0.0, 0.5, open_high=True)
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,7 @@ class Objective:
     weightable: bool = True  # whether a weight per pair (WPO) has a meaning
     average_rewards: bool = False  # the implicit reward is beta · logps / length, not beta · logps
     reads_nll: bool = False  # fn itself reads the NLL of the chosen answers
-    nll_weight: float | str = (
-        0.0  # weight of an added NLL term, or the name of the option that holds it
-    )
+    nll_weight: float | str = 0.0  # of an added NLL term, or the name of the option that holds it
 
     def option(self, name: str) -> Option | None:
         return next((option for option in self.options if option.name == name), None)
