@@ -58,6 +58,7 @@ class LinearDPOOutput(NamedTuple):
     rejected_logps: Tensor  # [B]
     chosen_rewards: Tensor  # [B], detached
     rejected_rewards: Tensor  # [B], detached
+    tokens: LinearLogps | None = None  # detached, each shaped like labels; None without `stats`
 
 
 def linear_logps(
@@ -153,6 +154,7 @@ def linear_dpo_loss(
     backend: str | None = None,
     cu_seqlens: Tensor | None = None,  # [2B + 1]
     row_index: Tensor | None = None,  # [N]
+    stats: Sequence[str] = (),
     **objective_options: object,
 ) -> LinearDPOOutput:
     """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al.,
@@ -187,6 +189,8 @@ def linear_dpo_loss(
             chosen).
         cu_seqlens: [2B + 1] int32 or int64, where each packed sequence starts and ends
             (flash-attention's).
+        stats: what `linear_logps` can tell about the tokens on the way, for logging: comes back in
+            `tokens`, beside their log-probabilities.
         **objective_options: the options of the objective, among them `f_divergence`, `sft_weight`,
             `ld_alpha`, `use_weighting`; see its entry.
 
@@ -216,7 +220,10 @@ def linear_dpo_loss(
     count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     _check_count(count, resolved, hidden.device, cu_seqlens)
     per_token_reference = _check_ref_logps(ref_logps, labels, count)
-    plan = _plan(hidden, ("log_sum_sq_probs",) if resolved.wpo else (), workspace_bytes, backend)
+    wanted = checks.stats(stats)
+    if resolved.wpo and "log_sum_sq_probs" not in wanted:
+        wanted = (*wanted, "log_sum_sq_probs")
+    plan = _plan(hidden, wanted, workspace_bytes, backend)
     carrying = _rows(labels, ignore_index, head, row_index)
 
     tokens = _token_logps(hidden, head, carrying, plan)
@@ -229,9 +236,15 @@ def linear_dpo_loss(
         ref_tokens = carrying.gather(ref_logps.detach().flatten()).to(tokens.logps.dtype)
     else:
         ref_tokens = None
-    return _sequence_objective(
+    output = _sequence_objective(
         tokens, ref_tokens, ref_logps, segments, resolved, average_log_prob, pairs, plan.backend
     )
+    if not stats:
+        return output
+    logged = (
+        None if t is None else carrying.scatter(t.detach()).view(labels.shape) for t in tokens
+    )
+    return output._replace(tokens=LinearLogps(*logged))
 
 
 def get_batch_logps(
