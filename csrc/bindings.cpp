@@ -6,7 +6,7 @@
 #include <atomic>
 
 #include "architectures.h"
-#include "launch.h"
+#include "errors.h"
 #include "ops.h"
 
 #ifndef FASTDPO_MODULE
@@ -189,7 +189,7 @@ void bind_target_logits(const py::int_& hidden, const py::int_& dtype_tag, const
                         const py::int_& device, const py::int_& stream_) {
   const DType type = dtype(dtype_tag, "dtype");
   TargetLogitsParams p{};
-  p.rows = integer(rows, "rows", 0, kMostBlocks * kWarps);
+  p.rows = integer(rows, "rows", 0, kMostBlocks);
   p.width = columns(width, "width");
   p.vocab = integer(vocab, "vocab", 1, kMostElements);
   p.hidden_stride = count(hidden_stride, "hidden_stride");

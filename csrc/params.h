@@ -11,6 +11,10 @@ namespace fastdpo {
 // The tags by which callers name an element type.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // Without a softcap z = pre · u with pre = scale / temperature. With one, z = post · tanh(pre · u)
 // with pre = scale / cap and post = cap / temperature. `gain` = scale / temperature is ∂z/∂u
 // without the cap's factor.

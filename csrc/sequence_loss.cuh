@@ -108,7 +108,8 @@ __device__ __forceinline__ void write_rows(const SequenceLossParams& p, Span spa
 
 }  // namespace sequence_loss
 
-__global__ void __launch_bounds__(kThreads) sequence_loss_kernel(const SequenceLossParams p) {
+// Two blocks per multiprocessor are plenty, and saying so keeps ptxas from spilling to fit more.
+__global__ void __launch_bounds__(kThreads, 2) sequence_loss_kernel(const SequenceLossParams p) {
   using namespace sequence_loss;
   FASTDPO_SHARED(double, scratch, 4 * kWarps);
   FASTDPO_SHARED(float, coefficient, 2);

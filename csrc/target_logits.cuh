@@ -11,7 +11,7 @@ namespace fastdpo {
 
 namespace target_logits {
 
-constexpr int kLoads = 4;  // vectors in flight per lane, of each operand
+constexpr int kLoads = 2;  // vectors in flight per lane, of each operand
 
 __device__ __forceinline__ float load_bias(const void* bias, DType dtype, int64_t at) {
   switch (dtype) {

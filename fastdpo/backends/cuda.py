@@ -53,7 +53,7 @@ CAPABILITIES = {
     "target_logits": Capability(
         "reading hidden and the labels' rows of weight once",
         None,
-        "a warp a row, eight 16-byte loads in flight a lane; next to two matrix products, little",
+        "a warp a row, four 16-byte loads in flight a lane; next to two matrix products, little",
     ),
     "sequence_loss": Capability(
         "the latency of a memset and a launch",
