@@ -42,21 +42,24 @@ from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
 from fastdpo.rows import Rows
+from fastdpo.workspace import (
+    cleared,
+    columns_kept,
+    padded_empty,
+    padded_view,
+    recompute_columns,
+    row_block,
+)
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
-# Bytes of E for one block of rows in the forward, and for one block of columns computed again in
-# the backward.
-_BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-_RECOMPUTE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-_DEFAULT_WORKSPACE = {"cpu": 512 << 20, "cuda": 2 << 30}
-_ROW_MULTIPLE = 64
-_COLUMN_MULTIPLE = 512
-# E's rows start on 128-byte boundaries, which bulk copies and matrix products like.
-_ROW_ALIGNMENT_BYTES = 128
 # Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40):
 # the latter are far, and log(1 + e^δ S) is taken in the log domain.
 _FAR = 20.0
+NO_STATISTICS_GRADIENT = (
+    "fastdpo: the gradient of the entropy is not implemented; detach the entropy statistic before "
+    "it enters a loss"
+)
 _HALF_LOG_SUM = 10 * math.log(2.0)
 
 
@@ -103,9 +106,9 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head: Head, rows: Rows, plan: Plan, needs: Needs):
         ctx.set_materialize_grads(False)
-        with _without_autocast(hidden):
+        with without_autocast(hidden):
             head = dataclasses.replace(head, weight=weight, bias=bias)
-            x, cast = _operands(hidden, head, rows, plan)
+            x, cast = operands(hidden, head, rows, plan)
             forward = forward_pass(x, cast, rows.labels, plan, needs)
         if needs.any:
             ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.index, *forward.row_state)
@@ -121,16 +124,13 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logps, *grad_stats):
         if any(grad is not None for grad in grad_stats):
-            raise RuntimeError(
-                "fastdpo: the gradient of the entropy is not implemented; detach the entropy "
-                "statistic before it enters a loss"
-            )
+            raise RuntimeError(NO_STATISTICS_GRADIENT)
         if grad_logps is None:
             return (None,) * 7
         hidden, weight, bias, labels, index, *row_state = ctx.saved_tensors
         rows = Rows(labels, index, ctx.total)
         head = dataclasses.replace(ctx.head, weight=weight, bias=bias)
-        with _without_autocast(hidden):
+        with without_autocast(hidden):
             grads = backward_pass(
                 grad_logps,
                 hidden,
@@ -182,6 +182,7 @@ class Kept:
 
     buffer: Tensor  # [N, K], rows padded
     columns: int  # how many of them hold E
+    spendable: bool = True
 
 
 class ForwardPass(NamedTuple):
@@ -198,6 +199,7 @@ def forward_pass(
     labels: Tensor,  # [N]
     plan: Plan,
     needs: Needs,
+    storage: Tensor | None = None,  # flat, for E; allocated where None
 ) -> ForwardPass:
     n, vocab = x.shape[0], head.vocab_size
     ready = x.dtype != torch.float16  # may E be formed before the sums are known?
@@ -207,8 +209,12 @@ def forward_pass(
 
     kept = product = scratch = None
     if ready and needs.head:
-        columns = columns_kept(n, vocab, x, plan)
-        kept = Kept(padded_empty(n, columns, x), columns) if columns else None
+        columns = columns_kept(n, vocab, x, plan.workspace_bytes)
+        if columns:
+            buffer = padded_empty(n, columns, x) if storage is None else None
+            if buffer is None:
+                buffer = cleared(padded_view(storage, n, columns))
+            kept = Kept(buffer, columns)
     elif ready and needs.hidden:
         product = torch.empty_like(x)
         scratch = padded_empty(min(block, n), vocab, x)
@@ -252,7 +258,7 @@ def backward_pass(
         grad_rows = (hidden_product * grad_logps.unsqueeze(1)).to(hidden.dtype)
         return rows.scatter(grad_rows), None, None
 
-    x, cast = _operands(hidden, head, rows, plan)
+    x, cast = operands(hidden, head, rows, plan)
     if x.dtype == torch.float16:
         state = _renormalized(state)
     coefficients = -head.gain * grad_logps * state.inverse  # [N], the diag of (4) to (6)
@@ -297,13 +303,12 @@ def _column_blocks(x, head, labels, plan, state, kept):
             yield 0, done, buffer[:, :done]
     if done == vocab:
         return
-    if kept is not None:
+    if kept is not None and not kept.spendable:
+        buffer = None
+    elif kept is not None:
         kept.columns = 0  # its memory is scratch from here on: a second backward computes it again
     if buffer is None:
-        width = max(
-            _COLUMN_MULTIPLE, _by_device(_RECOMPUTE_BYTES, x) // max(1, len(x) * x.element_size())
-        )
-        buffer = padded_empty(len(x), min(width, vocab), x)
+        buffer = padded_empty(len(x), recompute_columns(len(x), vocab, x), x)
     backend = select.primitive("exp_logits", x, plan.backend)
     entry = _label_entry(state, head)
     for start in range(done, vocab, buffer.shape[1]):
@@ -344,7 +349,7 @@ class _HiddenGradient:
                 self.value[rows] += _wide_product(e[rows], weight) * scale
 
 
-def _operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tensor, Head]:
+def operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tensor, Head]:
     """The rows that carry loss and the head, in the compute dtype, contiguous."""
     x = rows.gather(hidden)
     dtype = plan.compute_dtype
@@ -356,7 +361,7 @@ def _operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tenso
     )
 
 
-def _without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> torch.autocast:
     """The dtypes here are chosen already (`Plan.compute_dtype`): autocast must not choose again."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -451,42 +456,3 @@ def _column_sums(e: Tensor, coefficients: Tensor) -> Tensor:
     """Eᵀ · coefficients in the accumulate dtype, a tile of columns at a time."""
     width = max(1, (4 << 20) // max(1, e.shape[0]))
     return torch.cat([tile.to(coefficients.dtype).t() @ coefficients for tile in e.split(width, 1)])
-
-
-def columns_kept(n: int, vocab: int, x: Tensor, plan: Plan) -> int:
-    """How many columns of E the workspace holds for n rows: all, or a multiple of
-    _COLUMN_MULTIPLE.
-    """
-    budget = plan.workspace_bytes
-    if budget is None:
-        budget = _by_device(_DEFAULT_WORKSPACE, x)
-    row_bytes = budget // max(1, n)
-    if _padded(vocab, x) * x.element_size() <= row_bytes:
-        return vocab
-    return min(vocab, row_bytes // x.element_size()) // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE
-
-
-def row_block(vocab: int, x: Tensor) -> int:
-    """Rows of one forward block: a function of vocabulary, dtype and device alone."""
-    rows = _by_device(_BLOCK_BYTES, x) // (max(1, vocab) * x.element_size())
-    return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
-
-
-def padded_empty(n: int, columns: int, x: Tensor) -> Tensor:
-    """An uninitialised [n, columns] in x's dtype whose rows start on aligned addresses.
-
-    What lies between the rows is zero: matrix products that read whole vectors (oneDNN's bf16 does,
-    for an odd number of columns) multiply it by zero, and a NaN there would survive that.
-    """
-    whole = x.new_empty(n, _padded(columns, x))
-    whole[:, columns:] = 0
-    return whole[:, :columns]
-
-
-def _padded(columns: int, x: Tensor) -> int:
-    step = _ROW_ALIGNMENT_BYTES // x.element_size()
-    return -(-columns // step) * step
-
-
-def _by_device(table: dict[str, int], x: Tensor) -> int:
-    return table["cuda" if x.is_cuda else "cpu"]

@@ -30,6 +30,7 @@ from fastdpo.logits import token_logps as _token_logps_of_logits
 __all__ = [
     "FusedLinearDPOLoss",
     "LinearDPOOutput",
+    "LinearDPOStats",
     "LinearLogps",
     "get_batch_logps",
     "linear_dpo_loss",
@@ -58,7 +59,17 @@ class LinearDPOOutput(NamedTuple):
     rejected_logps: Tensor  # [B]
     chosen_rewards: Tensor  # [B], detached
     rejected_rewards: Tensor  # [B], detached
-    tokens: LinearLogps | None = None  # detached, each shaped like labels; None without `stats`
+
+
+class LinearDPOStats(NamedTuple):
+    """What `linear_dpo_loss` returns with `stats`: the fields of LinearDPOOutput, and `tokens`."""
+
+    loss: Tensor  # []
+    chosen_logps: Tensor  # [B]
+    rejected_logps: Tensor  # [B]
+    chosen_rewards: Tensor  # [B], detached
+    rejected_rewards: Tensor  # [B], detached
+    tokens: LinearLogps  # detached, each shaped like labels
 
 
 def linear_logps(
@@ -156,7 +167,7 @@ def linear_dpo_loss(
     row_index: Tensor | None = None,  # [N]
     stats: Sequence[str] = (),
     **objective_options: object,
-) -> LinearDPOOutput:
+) -> LinearDPOOutput | LinearDPOStats:
     """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al.,
     arXiv 2305.18290).
 
@@ -195,9 +206,10 @@ def linear_dpo_loss(
             `ld_alpha`, `use_weighting`; see its entry.
 
     Returns:
-        LinearDPOOutput: the scalar loss, the sequences' log-probabilities and implicit rewards
-        r = β · (log π − log π_ref), in fp32 (fp64 for fp64 inputs). An empty batch, or one that is
-        ignored throughout, gives a finite loss with zero gradients.
+        LinearDPOOutput (LinearDPOStats with `stats`): the scalar loss, the sequences'
+        log-probabilities and implicit rewards r = β · (log π − log π_ref), in fp32 (fp64 for fp64
+        inputs). An empty batch, or one that is ignored throughout, gives a finite loss with zero
+        gradients.
 
     Raises:
         ValueError: naming the argument, before anything is computed.
@@ -244,7 +256,7 @@ def linear_dpo_loss(
     logged = (
         None if t is None else carrying.scatter(t.detach()).view(labels.shape) for t in tokens
     )
-    return output._replace(tokens=LinearLogps(*logged))
+    return LinearDPOStats(*output, LinearLogps(*logged))
 
 
 def get_batch_logps(

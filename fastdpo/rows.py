@@ -60,18 +60,16 @@ def select(
 
 
 def lengths_padded(
-    labels: Tensor,  # [S, T]
-    ignore_index: int,
+    carries: Tensor,  # [S, T] bool
 ) -> Tensor:  # [S]
     """Rows that carry loss in each sequence of a padded batch."""
-    return (labels != ignore_index).sum(-1)
+    return carries.sum(-1)
 
 
 def lengths_packed(
-    labels: Tensor,  # [M]
+    carries: Tensor,  # [M] bool
     cu_seqlens: Tensor,  # [S + 1]
-    ignore_index: int,
 ) -> Tensor:  # [S]
     """Rows that carry loss in each sequence of a packed batch."""
-    before = torch.nn.functional.pad((labels != ignore_index).cumsum(0), (1, 0))
+    before = torch.nn.functional.pad(carries.cumsum(0), (1, 0))
     return before[cu_seqlens.long()].diff()

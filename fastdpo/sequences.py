@@ -6,12 +6,40 @@ order, so that neither padding nor the rest of the batch can change a bit of the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastdpo.backends import select
 from fastdpo.backends.torch import sequence_sums as _sums
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which rows belong to which sequence.
+
+    Outside of torch.compile every row carries loss; inside it all M positions are rows, and
+    `carries` tells.
+    """
+
+    rows: Tensor  # [S] consecutive rows of each sequence
+    lengths: Tensor  # [S] how many of them carry loss
+    carries: Tensor | None = None  # [N] bool; None where all do
+
+    def average(self, sums: Tensor) -> Tensor:  # [S] -> [S]
+        return sums / self.lengths.clamp(min=1)
+
+    def positions(self, total: int) -> tuple[Tensor, Tensor]:  # [N], [N]
+        """The sequence of each row, and its position among that sequence's rows that carry loss."""
+        sequence = torch.arange(self.rows.numel(), device=self.rows.device)
+        sequence = sequence.repeat_interleave(self.rows, output_size=total)
+        if self.carries is None:
+            before = torch.arange(total, device=self.rows.device)
+        else:
+            before = self.carries.cumsum(0) - 1
+        return sequence, before - offsets_of(self.lengths)[sequence]
 
 
 def sequence_sums(

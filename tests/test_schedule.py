@@ -135,12 +135,12 @@ def test_a_dpo_step_is_three_units_and_one_for_the_reference():
 )
 def test_nothing_of_the_logits_size_is_allocated(trained, monkeypatch):
     """With small blocks, no tensor is larger than the gradients, or a block."""
-    from fastdpo import linear
+    from fastdpo import workspace
     from fastdpo.backends import torch as backend
 
     block = 64 * V * 4
-    monkeypatch.setitem(linear._BLOCK_BYTES, "cpu", block // 2)
-    monkeypatch.setitem(linear._RECOMPUTE_BYTES, "cpu", block // 2)
+    monkeypatch.setitem(workspace._BLOCK_BYTES, "cpu", block // 2)
+    monkeypatch.setitem(workspace._RECOMPUTE_BYTES, "cpu", block // 2)
     monkeypatch.setitem(backend._TILE_ELEMENTS, "cpu", 1 << 14)
     hidden = torch.randn(512, D).requires_grad_(trained[0])
     weight = torch.randn(V, D).requires_grad_(trained[1])

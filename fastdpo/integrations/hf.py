@@ -218,7 +218,7 @@ def dpo_loss(
         output.chosen_rewards,
         output.rejected_rewards,
         captured.aux_loss,
-        None if output.tokens is None else _at_tokens(output.tokens),
+        _at_tokens(output.tokens) if stats else None,
     )
 
 

@@ -43,7 +43,7 @@ class Range:
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
-            or not math.isfinite(value)
+            or not -math.inf < value < math.inf
         ):
             return False
         above = value > self.low if self.open_low else value >= self.low

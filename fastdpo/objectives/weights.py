@@ -37,17 +37,20 @@ def wpo_weights(
     logps: Tensor,  # [N] log-probabilities of the labels
     log_sum_sq_probs: Tensor,  # [N] log Σ_v p_v² of each row
     offsets: Tensor,  # [S + 1] int64, sequence s owns the rows offsets[s]:offsets[s + 1]
+    lengths: Tensor | None = None,  # [S] its rows that carry loss; None: all of them
 ) -> Tensor:  # [S]
     """WPO's weight of every sequence, the geometric mean of p(label) / Σ_v p_v² over its tokens,
     detached.
 
     It says how much on-policy an answer is; a pair's loss is multiplied by the product of its two
     weights (Zhou et al. 2024, arXiv 2406.11827, equation 2 with the paper's weight alignment, in
-    TRL's length-normalized form). An empty sequence has weight 1.
+    TRL's length-normalized form). An empty sequence has weight 1. Rows that carry no loss are 0 in
+    both tensors.
     """
-    lengths = offsets.diff()
+    rows = offsets.diff()
+    lengths = rows if lengths is None else lengths
     aligned = (logps - log_sum_sq_probs).double()
     if aligned.numel() == 0:
-        return logps.new_ones(lengths.shape)
-    sums = torch.segment_reduce(aligned, "sum", lengths=lengths, unsafe=True, initial=0)
+        return logps.new_ones(rows.shape)
+    sums = torch.segment_reduce(aligned, "sum", lengths=rows, unsafe=True, initial=0)
     return torch.exp(sums / lengths.clamp(min=1)).to(logps.dtype)

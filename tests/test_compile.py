@@ -1,0 +1,212 @@
+"""torch.compile(fullgraph=True) of a training step: no graph break, and the same numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastdpo.loss import FusedLinearDPOLoss, linear_dpo_loss, linear_logps
+
+B, T, D, V = 2, 6, 16, 211
+
+
+def data(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, ref = torch.randn(2, 2 * B, T, D, generator=g)
+    labels = torch.randint(0, V, (2 * B, T), generator=g)
+    labels[:, : 1 + seed] = -100
+    labels[1, 4:] = -100
+    return hidden, ref, labels
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def compare(function, module, inputs, backend="aot_eager"):
+    """Outputs and parameter gradients of the compiled and of the eager function."""
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend=backend)):
+        m = copy.deepcopy(module)
+        out = f(m, *inputs)
+        out[0].sum().backward()
+        results.append([*(t.detach() for t in out), *(p.grad for p in m.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+OPTIONS = {
+    "sigmoid": {},
+    "smoothing": {"label_smoothing": 0.1, "average_log_prob": True},
+    "ipo": {"objective": "ipo"},
+    "simpo": {"objective": "simpo"},
+    "mpo": {"objective": {"sigmoid": 0.8, "sft": 0.2}},
+    "wpo": {"use_weighting": True},
+    "ld": {"ld_alpha": 0.5},
+    "no workspace": {"workspace_bytes": 0},
+    "half a workspace": {"workspace_bytes": 3000},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_step_compiles_whole(name, frozen):
+    hidden, ref, labels = data()
+    options = OPTIONS[name]
+    module = nn.ModuleDict({"layer": nn.Linear(D, D), "head": nn.Linear(D, V)})
+    module["head"].requires_grad_(not frozen)
+
+    def step(m, hidden, ref, labels):
+        return linear_dpo_loss(
+            torch.tanh(m["layer"](hidden)),
+            m["head"].weight,
+            labels,
+            bias=m["head"].bias,
+            ref_hidden=None if name == "simpo" else ref,
+            **options,
+        )
+
+    if frozen:
+        for p in module["head"].parameters():
+            p.requires_grad_(False)
+
+        def trainable(m, *inputs):
+            return step(m, *inputs)
+
+        results = []
+        for f in (trainable, torch.compile(trainable, fullgraph=True, backend="aot_eager")):
+            m = copy.deepcopy(module)
+            out = f(m, hidden, ref, labels)
+            out[0].backward()
+            results.append([*(t.detach() for t in out), m["layer"].weight.grad])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    else:
+        compare(step, module, (hidden, ref, labels))
+
+
+def test_through_inductor():
+    hidden, ref, labels = data()
+    module = nn.ModuleDict({"layer": nn.Linear(D, D), "head": nn.Linear(D, V)})
+
+    def step(m, hidden, ref, labels):
+        h = torch.tanh(m["layer"](hidden))
+        return linear_dpo_loss(h, m["head"].weight, labels, bias=m["head"].bias, ref_hidden=ref)
+
+    compare(step, module, (hidden, ref, labels), backend="inductor")
+
+
+def test_packed_and_row_index():
+    hidden, _, labels = data()
+    ends = torch.arange(0, 2 * B * T + 1, T, dtype=torch.int32)
+    index = (labels.flatten() != -100).nonzero().squeeze(1)
+    module = nn.Linear(D, V)
+
+    def step(m, hidden, labels, ends, index):
+        return linear_dpo_loss(
+            hidden, m.weight, labels, bias=m.bias, cu_seqlens=ends, row_index=index
+        )
+
+    compare(step, module, (hidden.flatten(0, 1), labels.flatten(), ends, index))
+
+
+def test_statistics_and_liger():
+    hidden, ref, labels = data()
+    module = nn.Linear(D, V)
+
+    def logps(m, hidden, labels):
+        out = linear_logps(
+            hidden, m.weight, labels, bias=m.bias, stats=("entropy", "is_top1", "mean_logits")
+        )
+        return out.logps, out.entropy, out.is_top1.float(), out.mean_logits
+
+    compare(logps, module, (hidden, labels))
+    liger = FusedLinearDPOLoss(compute_nll_loss=True)
+
+    def step(m, hidden, ref, labels):
+        loss, aux = liger(m.weight, hidden, labels, m.bias, ref, m.weight.detach())
+        return loss, *aux
+
+    compare(step, module, (hidden, ref, labels))
+
+
+def test_the_entropy_refuses_a_gradient():
+    hidden, _, labels = data()
+    module = nn.Linear(D, V)
+
+    def both(hidden, labels):
+        out = linear_logps(hidden, module.weight, labels, bias=module.bias, stats=("entropy",))
+        return out.logps.sum(), out.entropy.sum()
+
+    logps, entropy = torch.compile(both, fullgraph=True, backend="aot_eager")(hidden, labels)
+    logps.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="entropy"):
+        (logps + entropy).backward()
+
+
+def test_one_graph_serves_other_labels_and_lengths():
+    module = nn.Linear(D, V)
+
+    def step(hidden, labels):
+        return linear_dpo_loss(hidden, module.weight, labels, bias=module.bias).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for seed, length in ((0, T), (1, T), (2, T - 1)):
+        hidden, _, labels = data(seed)
+        hidden, labels = hidden[:, :length], labels[:, :length]
+        torch.testing.assert_close(compiled(hidden, labels), step(hidden, labels))
+
+
+def test_autocast_and_no_grad():
+    hidden, _, labels = data()
+    module = nn.Linear(D, V)
+
+    def step(m, hidden, labels):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_dpo_loss(hidden, m.weight, labels, bias=m.bias)
+
+    compare(step, module, (hidden, labels))
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(
+            compiled(module, hidden, labels).loss, step(module, hidden, labels).loss
+        )
+
+
+def test_bad_labels_are_refused_when_the_graph_runs():
+    hidden, _, labels = data()
+    module = nn.Linear(D, V)
+
+    def step(hidden, labels):
+        return linear_logps(hidden, module.weight, labels, bias=module.bias)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled(hidden, labels)
+    with pytest.raises(ValueError, match="labels should be in"):
+        compiled(hidden, labels.masked_fill(labels > 0, V))
+
+
+def test_bad_arguments_are_refused_while_tracing():
+    hidden, _, labels = data()
+    weight = torch.randn(V, D)
+    compiled = torch.compile(linear_dpo_loss, backend="aot_eager")
+    with pytest.raises(Exception, match="pairs should be one of"):
+        compiled(hidden, weight, labels, pairs="zipped")
+
+
+def test_opcheck():
+    hidden, _, labels = data()
+    weight, bias = torch.randn(V, D, requires_grad=True), torch.randn(V, requires_grad=True)
+    flat, y = hidden.flatten(0, 1).requires_grad_(), labels.flatten()
+    head = (y, None, -100, 1.0, None, 1.0)
+    for stats, trained in (("entropy", (True, True, True)), ("", (True, False, False))):
+        w, b = (weight, bias) if trained[1] else (weight.detach(), None)
+        torch.library.opcheck(
+            torch.ops.fastdpo.token_logps,
+            (flat, w, b, *head, stats, None, None, None, *trained),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
