@@ -1,0 +1,52 @@
+"""fastdpo itself: `fastdpo.loss.linear_dpo_loss` with what a user can choose."""
+
+from __future__ import annotations
+
+import torch
+
+import fastdpo
+from benchmarks.inputs import BETA, IGNORE_INDEX, Inputs
+from benchmarks.oracle import Expected
+from benchmarks.providers.base import Provider
+from fastdpo.backends import select
+from fastdpo.loss import linear_dpo_loss
+
+EVERYTHING = 1 << 50  # a workspace that holds E of any batch
+
+
+class FastDPO(Provider):
+    """One backend and one workspace; None leaves the choice to fastdpo."""
+
+    def __init__(self, name: str, summary: str, backend: str | None, workspace: int | None):
+        self.name, self.summary = name, f"fastdpo {fastdpo.__version__}: {summary}"
+        self.backend, self.workspace = backend, workspace
+
+    def absent(self, device: torch.device) -> str | None:
+        if self.backend is None:
+            return None
+        if self.backend != "torch" and device.type != "cuda":
+            return "its kernels need a GPU (an interpreter would be no timing)"
+        like = torch.empty(0, device=device, dtype=torch.bfloat16)
+        try:
+            select.primitive("exp_logits", like, self.backend)
+        except select.BackendUnavailable as error:
+            return str(error)
+        return None
+
+    def forward(self, inputs: Inputs) -> Expected:
+        if inputs.scenario.reference == "forward":
+            reference = {"ref_hidden": inputs.ref_hidden, "ref_weight": inputs.ref_weight}
+        else:
+            reference = {"ref_logps": inputs.ref_logps}
+        out = linear_dpo_loss(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            **reference,
+            beta=BETA,
+            softcap=inputs.scenario.shape.softcap,
+            ignore_index=IGNORE_INDEX,
+            workspace_bytes=self.workspace,
+            backend=self.backend,
+        )
+        return Expected(out.loss, torch.cat([out.chosen_logps, out.rejected_logps]).detach())

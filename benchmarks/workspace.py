@@ -1,0 +1,150 @@
+"""python -m benchmarks.workspace: time and extra memory against `workspace_bytes`, beside eager.
+
+A trained lm_head needs g = ∂loss/∂logp before its gradient's product, so E is kept for as many
+columns of the vocabulary as the workspace holds, and computed again for the others. This draws what
+a byte of it buys, and says whether the default keeps its promise: at most a quarter of eager's
+extra memory in no more than its time, and at most a tenth with a workspace of 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import documents, memory, plots, tables
+from benchmarks.environment import default_device, describe, environment
+from benchmarks.floor import products
+from benchmarks.inputs import make_inputs
+from benchmarks.measure import Protocol, interleaved, quantiles
+from benchmarks.providers import BASELINES, EVERYTHING, FastDPO, Provider
+from benchmarks.scenarios import DTYPES, HEADS, Scenario
+
+FRACTIONS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+def contenders(scenario: Scenario, fractions: tuple[float, ...]) -> list[Provider]:
+    """Eager, the default, and a workspace for each share of E."""
+    everything = scenario.carrying * scenario.shape.vocab_size * DTYPES[scenario.dtype].itemsize
+    found: list[Provider] = [BASELINES[False], FastDPO("default", "its default", None, None)]
+    for share in fractions:
+        workspace = EVERYTHING if share == 1 else int(share * everything)
+        found.append(FastDPO(f"{share:.3g} of E", "", None, workspace))
+    return found
+
+
+def measure(
+    scenario: Scenario,
+    device: torch.device,
+    protocol: Protocol,
+    fractions: tuple[float, ...] = FRACTIONS,
+    tick: Any = lambda text: None,
+) -> list[dict[str, Any]]:
+    """One row per contender: seconds, their multiple of the floor, extra bytes."""
+    inputs = make_inputs(scenario, device)
+    everyone = contenders(scenario, fractions)
+    steps = {p.name: lambda i, p=p: p.step(inputs) for p in everyone}
+    taken = interleaved({**products([inputs]), **steps}, device, protocol, tick)
+    t1 = quantiles(taken["t1"])["median"]
+    rows = []
+    for provider in everyone:
+        tick(f"memory of {provider.name}")
+        seconds = quantiles(taken[provider.name])
+        workspace = provider.workspace if isinstance(provider, FastDPO) else None
+        rows.append(
+            {
+                "provider": provider.name,
+                "status": "ok",
+                "scenario": scenario.as_dict(),
+                "workspace_bytes": None if workspace == EVERYTHING else workspace,
+                "seconds": seconds,
+                "t1_seconds": t1,
+                "multiple_of_floor": seconds["median"] / (scenario.units * t1),
+                "extra_bytes": memory.extra_bytes(provider, inputs),
+            }
+        )
+    return rows
+
+
+def promises(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the default and the empty workspace promise, against what was measured."""
+    by_name = {r["provider"]: r for r in rows}
+    eager, default, empty = by_name["eager"], by_name["default"], by_name["0 of E"]
+    found = []
+    for text, ratio, limit in (
+        ("default: memory / eager's", default["extra_bytes"] / eager["extra_bytes"], 0.25),
+        (
+            "default: time / eager's",
+            default["seconds"]["median"] / eager["seconds"]["median"],
+            1.0,
+        ),
+        ("workspace 0: memory / eager's", empty["extra_bytes"] / eager["extra_bytes"], 0.1),
+    ):
+        found.append({"promise": text, "limit": limit, "measured": ratio, "kept": ratio <= limit})
+    return found
+
+
+def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            "dtype provider workspace_bytes seconds seconds_p20 seconds_p80 multiple_of_floor "
+            "extra_bytes".split()
+        )
+        for r in rows:
+            s = r["seconds"]
+            writer.writerow(
+                [
+                    r["scenario"]["dtype"],
+                    r["provider"],
+                    r["workspace_bytes"],
+                    *(f"{s[q]:.6g}" for q in ("median", "p20", "p80")),
+                    f"{r['multiple_of_floor']:.4g}",
+                    r["extra_bytes"],
+                ]
+            )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.workspace", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--head", choices=HEADS, default="llama-3-vocab-d896")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of timing at least")
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument(
+        "--out", type=Path, help="write OUT.json, OUT.csv and OUT.png (no suffix here)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    protocol = Protocol(min_rounds=args.rounds, max_rounds=args.rounds)
+    env = environment(args.device)
+    rows: list[dict[str, Any]] = []
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for dtype in args.dtypes:
+        scenario = Scenario(args.head, args.tokens, dtype=dtype)
+        with tables.progress(scenario.name) as tick:
+            measured = measure(scenario, args.device, protocol, tick=tick)
+        rows += measured
+        kept[dtype] = promises(measured)
+        tables.workspace(scenario, measured, kept[dtype], describe(env))
+    extra = {"memory": memory.METHOD[args.device.type], "promises": kept}
+    doc = documents.document(
+        "workspace", "Time and memory against the workspace", env, protocol.as_dict() | extra, rows
+    )
+    if args.out:
+        documents.save(doc, args.out.with_suffix(".json"))
+        save_csv(rows, args.out.with_suffix(".csv"))
+        plots.workspace(doc, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
