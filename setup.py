@@ -1,9 +1,9 @@
-"""Builds the optional extension fastdpo._cuda with nvcc and ninja. Everything else is pyproject.toml.
+"""Builds the optional extension fastdpo._cuda with nvcc and ninja; pyproject.toml has the rest.
 
     FASTDPO_BUILD_CUDA=auto|0|1   auto (default): built where nvcc is found, else one line says why
                                   not; 0: never; 1: a failure to build is an error
     FASTDPO_CUDA_ARCHS            compute capabilities, e.g. "9.0" or "8.0;9.0+PTX"
-                                  (default: 8.0;8.6;8.9;9.0;10.0;12.0+PTX, as far as nvcc knows them)
+                                  (default: 8.0;8.6;8.9;9.0;10.0;12.0+PTX, of which nvcc's)
     FASTDPO_NVCC                  the compiler, where it is not `nvcc` on PATH or under CUDA_HOME
     FASTDPO_BUILD_JOBS            parallel compilations (default 2)
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 MODES = ("auto", "0", "1")
+NOT_BUILT = "fastdpo._cuda is not built: {}. The torch and triton backends do not need it."
 
 
 class CannotBuild(RuntimeError):
@@ -96,7 +97,9 @@ def ninja_text(nvcc: str, target: Path) -> str:
     # No --use_fast_math: approximations are chosen by name in the source. A spilled register or
     # a local array would cost more than any of them, and fails the build.
     device = ["-lineinfo", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
-    include = [f"-isystem={path}" for path in (pybind11.get_include(), python_include())]
+    include = [
+        f"-isystem={path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))
+    ]
     # The runtime's symbols stay inside: PyTorch brings a CUDA runtime of its own.
     link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,-Bsymbolic"]
     kernels = sorted(CSRC.glob("*.cu"))
@@ -118,10 +121,6 @@ def ninja_text(nvcc: str, target: Path) -> str:
     lines.append(f"build {escape(target)}: link {' '.join(objects)}")
     lines.append(f"default {escape(target)}")
     return "\n".join(lines) + "\n"
-
-
-def python_include() -> str:
-    return sysconfig.get_path("include")
 
 
 def escape(path: Path) -> str:
@@ -164,7 +163,7 @@ class BuildWithNinja(build_ext):
             if mode() == "1":
                 raise SystemExit(f"FASTDPO_BUILD_CUDA=1, but fastdpo._cuda: {error}") from error
             self.extensions = []
-            say(f"fastdpo._cuda is not built: {error}. The torch and triton backends do not need it.")
+            say(NOT_BUILT.format(error))
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -185,9 +184,14 @@ def extensions() -> list[Extension]:
         if mode() == "1":
             raise SystemExit(f"FASTDPO_BUILD_CUDA=1, but fastdpo._cuda: {error}") from error
         # Without an extension the wheel is pure Python, as it should be.
-        say(f"fastdpo._cuda is not built: {error}. The torch and triton backends do not need it.")
+        say(NOT_BUILT.format(error))
         return []
-    return [Extension("fastdpo._cuda", [str(p.relative_to(ROOT)) for p in CSRC.glob("*.c*")])]
+    kernels, bindings, headers = (
+        [str(path.relative_to(ROOT)) for suffix in suffixes for path in sorted(CSRC.glob(suffix))]
+        for suffixes in (["*.cu"], ["*.cpp"], ["*.cuh", "*.h"])
+    )
+    # `depends` puts the headers into the source distribution.
+    return [Extension("fastdpo._cuda", kernels + bindings, depends=headers)]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})

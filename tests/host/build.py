@@ -96,15 +96,28 @@ def load(path: Path) -> ModuleType:
 
 def sanitizer_environment() -> dict[str, str]:
     """What a Python that imports the sanitized module must be started with."""
-    name = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
+    # libstdc++ too: the sanitizer looks for the functions that it wraps when the process starts.
+    libraries = [_library(name) for name in ("libasan.so", "libstdc++.so")]
     return {
         # Leaks are not looked for: the interpreter and PyTorch leave memory behind by design.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:alloc_dealloc_mismatch=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "LD_PRELOAD": name.stdout.strip(),
+        "LD_PRELOAD": " ".join(libraries),
     }
+
+
+def sanitizer_missing() -> str | None:
+    """Why a sanitized module is impossible here, or None."""
+    why = missing()
+    if why is None and not Path(_library("libasan.so")).is_absolute():
+        return "g++ has no AddressSanitizer runtime"
+    return why
+
+
+def _library(name: str) -> str:
+    """Its path, or just its name where the compiler does not have it."""
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _run(command: list[str]) -> None:

@@ -1,0 +1,250 @@
+"""What the CUDA C++ kernels must do, on any device: the same checks run on the CPU and on a GPU.
+
+Every check takes the backend module and tensors, computes the fp64 oracle (the torch backend) and
+the fp32 eager baseline from the very same inputs, and holds the kernels to the accuracy rule.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from oracle import assert_as_accurate
+from torch import Tensor
+
+from fastdpo.backends import torch as reference
+from fastdpo.head import Head
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRANSFORMS = (
+    {},
+    {"scale": 0.5, "temperature": 0.7},
+    {"scale": 1.5, "softcap": 20.0, "temperature": 1.3},
+)
+POISON = float("nan")  # in rows that must not be read: it would show in every result
+
+
+def head(like: Tensor, **transform) -> Head:
+    """A head whose weight nobody reads."""
+    return Head(like.new_empty(1, 1), **transform)
+
+
+def logits_and_labels(
+    dtype: torch.dtype,
+    rows: int,
+    vocab: int,
+    *,
+    spread: float = 3.0,
+    ignored: tuple[int, ...] = (),
+    row_stride: int | None = None,
+    offset: int = 0,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:  # [rows, vocab], [rows]
+    """Random logits, `offset` elements into their storage; ignored rows hold NaN."""
+    row_stride = vocab if row_stride is None else row_stride
+    storage = torch.full((offset + rows * row_stride + vocab,), POISON, dtype=dtype)
+    logits = storage[offset:].as_strided((rows, vocab), (row_stride, 1))
+    logits.copy_(torch.randn(rows, vocab) * spread)
+    labels = torch.randint(0, vocab, (rows,))
+    for row in ignored:
+        logits[row] = POISON
+        labels[row] = -100
+    strided = storage.to(device)[offset:].as_strided((rows, vocab), (row_stride, 1))
+    return strided, labels.to(device)
+
+
+def eager_logps(logits: Tensor, labels: Tensor, h: Head) -> tuple[Tensor, Tensor]:
+    """The baseline: what a trainer writes, in fp32."""
+    z = logits.float() * h.scale
+    if h.softcap is not None:
+        z = h.softcap * torch.tanh(z / h.softcap)
+    z = z / h.temperature
+    lse = z.logsumexp(-1)
+    return z.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse, lse
+
+
+def check_forward(backend: ModuleType, logits: Tensor, labels: Tensor, **transform) -> None:
+    h = head(logits, **transform)
+    ours = backend.logits_logps(logits, labels, h)
+    rows = labels >= 0
+    for name, tensor in zip(("logps", "lse"), ours, strict=True):
+        assert tensor.dtype == torch.float32
+        assert tensor.shape == labels.shape
+        assert torch.equal(tensor[~rows], torch.zeros_like(tensor[~rows])), f"{name} where ignored"
+    some, wanted = logits[rows], labels[rows]
+    exact = reference.logits_logps(some.double(), wanted, h)
+    base = eager_logps(some, wanted, h)
+    for name, tensor, b, e in zip(("logps", "lse"), ours, base, exact, strict=True):
+        assert_as_accurate(tensor[rows], b, e, 2, name)
+
+
+def check_backward(
+    backend: ModuleType,
+    logits: Tensor,
+    labels: Tensor,
+    out: Tensor,  # [rows, vocab]; may be logits itself
+    *,
+    grad: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    **transform,
+) -> None:
+    h = head(logits, **transform)
+    grad = torch.randn(labels.shape).to(logits.device) if grad is None else grad
+    rows = labels >= 0
+    some, wanted = logits[rows].double(), labels[rows]
+    upstream = grad[rows] if grad_scale is None else grad[rows] * grad_scale
+    _, exact_lse = reference.logits_logps(some, wanted, h)
+    exact = torch.empty_like(some)
+    reference.logits_logps_backward(upstream.double(), some, wanted, exact_lse, h, exact)
+    base = torch.empty_like(some, dtype=torch.float32)
+    some = some.float()
+    _, base_lse = eager_logps(some, wanted, h)
+    reference.logits_logps_backward(upstream, some, wanted, base_lse, h, base)
+
+    _, lse = backend.logits_logps(logits, labels, h)
+    backend.logits_logps_backward(grad, logits, labels, lse, h, out, grad_scale=grad_scale)
+    assert torch.equal(out[~rows], torch.zeros_like(out[~rows])), "gradients where ignored"
+    assert_as_accurate(out[rows], base.to(out.dtype), exact, 3, "gradient")
+
+
+def check_target_logits(
+    backend: ModuleType,
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,
+    bias: Tensor | None = None,
+    **transform,
+) -> None:
+    ours = backend.target_logits(hidden, Head(weight, bias, **transform), labels)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        cast = Head(weight.to(dtype), None if bias is None else bias.to(dtype), **transform)
+        results.append(reference.target_logits(hidden.to(dtype), cast, labels))
+    base, exact = results
+    assert ours.dtype == torch.float32
+    # An fp32 dot's error is relative to the sum of magnitudes, not to its possibly cancelled value.
+    magnitude = (hidden.double().abs() * weight.double()[labels].abs()).sum(-1)
+    magnitude = magnitude * abs(transform.get("scale", 1.0)) / transform.get("temperature", 1.0)
+    slack = (magnitude.max() / exact.abs().max()).clamp(min=1).item() if len(labels) else 1.0
+    assert_as_accurate(ours, base, exact, 2, "target logits", slack=slack)
+
+
+def sequences(
+    lengths: list[int], device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:  # logps [N], offsets [2B + 1], ref [2B]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    logps = -3 * torch.rand(int(offsets[-1]))
+    sums = reference.sequence_sums(logps, offsets.diff())
+    ref = sums + torch.randn(len(lengths)) * 3
+    return logps.to(device), offsets.to(device), ref.to(device)
+
+
+def check_sequence_loss(
+    backend: ModuleType,
+    logps: Tensor,
+    offsets: Tensor,
+    ref: Tensor,
+    *,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    average: bool = False,
+    pairs: str = "concatenated",
+) -> None:
+    options = (beta, label_smoothing, average, pairs)
+    ours = backend.sequence_loss(logps, offsets, ref, *options)
+    base = reference.sequence_loss(logps, offsets, ref, *options)
+    exact = reference.sequence_loss(logps.double(), offsets, ref.double(), *options)
+    for name, o, b, e in zip(ours._fields, ours, base, exact, strict=True):
+        assert o.dtype == torch.float32
+        assert_as_accurate(o, b, e, 2, name)
+
+
+def fused_reference(
+    logits: Tensor,  # [N, V] in fp64 or fp32
+    labels: Tensor,  # [N]
+    h: Head,
+    offsets: Tensor,  # [2B + 1]
+    ref: Tensor,  # [2B]
+    beta: float,
+    label_smoothing: float,
+    average: bool,
+    pairs: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # loss [], margins [B], ∂loss/∂logits [N, V]
+    """The whole loss written down again in autograd, sequence by sequence."""
+    leaf = torch.where((labels >= 0).unsqueeze(1), logits, 0.0).requires_grad_()
+    z = leaf * h.scale
+    if h.softcap is not None:
+        z = h.softcap * torch.tanh(z / h.softcap)
+    logps = (z / h.temperature).log_softmax(-1)
+    rewards = []
+    for s, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        kept = [t for t in range(begin, end) if labels[t] >= 0]
+        total = logits.new_zeros(())
+        for t in kept:
+            total = total + logps[t, labels[t]]
+        if average and kept:
+            total = total / len(kept)
+        rewards.append(beta * (total - ref[s]))
+    half = len(rewards) // 2
+    if pairs == "concatenated":
+        margins = torch.stack(rewards[:half]) - torch.stack(rewards[half:])
+    else:
+        margins = torch.stack(rewards[::2]) - torch.stack(rewards[1::2])
+    chosen = torch.nn.functional.logsigmoid(margins)
+    rejected = torch.nn.functional.logsigmoid(-margins)
+    loss = -((1 - label_smoothing) * chosen + label_smoothing * rejected).mean()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), margins.detach(), gradient
+
+
+def check_fused(
+    backend: ModuleType,
+    logits: Tensor,
+    labels: Tensor,
+    offsets: Tensor,
+    ref: Tensor,
+    *,
+    upstream: float = 1.0,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    average: bool = False,
+    pairs: str = "concatenated",
+    **transform,
+) -> None:
+    """Logits to loss and back, against autograd through the same formulae."""
+    h = head(logits, **transform)
+    options = (beta, label_smoothing, average, pairs)
+    ours = backend.logits_sequence_loss(logits, labels, h, offsets, ref, *options)
+    gradient = torch.full_like(logits, POISON)
+    backend.logits_logps_backward(
+        ours.row_coefficients, logits, labels, ours.lse, h, gradient,
+        grad_scale=torch.tensor(upstream, device=logits.device),
+    )  # fmt: skip
+    base = fused_reference(logits.float(), labels, h, offsets, ref.float(), *options)
+    exact = fused_reference(logits.double(), labels, h, offsets, ref.double(), *options)
+    assert_as_accurate(ours.loss.loss, base[0], exact[0], 2, "loss")
+    # A margin is a difference of sums: its roundings are relative to those.
+    terms = beta * ours.loss.logps.abs().max() + ours.loss.rewards.abs().max()
+    slack = (terms / exact[1].abs().max()).clamp(min=1).item()
+    assert_as_accurate(ours.margins, base[1], exact[1], 2, "margins", slack=slack)
+    base_gradient = (base[2] * upstream).to(logits.dtype)
+    assert_as_accurate(gradient, base_gradient, exact[2] * upstream, 3, "gradient")
+    assert bool((ours.row_coefficients[labels < 0] == 0).all())
+
+
+def bits(*results: object) -> list[Tensor]:
+    """Every tensor of a result as integers, so that equality is of bits."""
+    found = []
+    for result in results:
+        if isinstance(result, Tensor):
+            kind = torch.int32 if result.element_size() == 4 else torch.int16
+            found.append(result.contiguous().view(kind).clone())
+        else:
+            found += bits(*result)
+    return found
+
+
+def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,185 @@
+"""Forward and backward over materialized logits, run on the CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from host import backend as host_backend
+from host import cases
+
+STRETCH = 65536  # bytes of a row per block
+
+# One element; less, exactly and more than a 16-byte vector; many vectors; a ragged round of the
+# block; rows of two and three stretches.
+VOCABULARIES = (1, 2, 7, 8, 9, 33, 1000, 4099, STRETCH // 4 + 5, STRETCH // 2 + 3)
+
+
+@pytest.mark.parametrize("transform", cases.TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_forward_matches_the_oracle(cuda, dtype, transform):
+    for vocab in VOCABULARIES:
+        logits, labels = cases.logits_and_labels(dtype, 5, vocab, ignored=(1, 4))
+        labels[0], labels[2] = 0, vocab - 1
+        cases.check_forward(cuda, logits, labels, **transform)
+
+
+@pytest.mark.parametrize("transform", cases.TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_backward_matches_the_oracle_in_place_and_not(cuda, dtype, transform):
+    for vocab in VOCABULARIES:
+        logits, labels = cases.logits_and_labels(dtype, 5, vocab, ignored=(0, 3))
+        labels[1], labels[4] = 0, vocab - 1
+        out = torch.full_like(logits, cases.POISON)
+        cases.check_backward(cuda, logits, labels, out, **transform)
+        cases.check_backward(cuda, logits, labels, logits, **transform)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("offset", range(9))
+def test_any_alignment_and_row_stride(cuda, dtype, offset):
+    logits, labels = cases.logits_and_labels(
+        dtype, 4, 1037, row_stride=1039 + offset, offset=offset, ignored=(2,)
+    )
+    cases.check_forward(cuda, logits, labels)
+    # The gradient's rows lie elsewhere than the logits': neither alignment nor stride is shared.
+    for shift in (0, 3):
+        wide = torch.full((4 * 1101 + 8,), cases.POISON, dtype=dtype)
+        out = wide[shift:].as_strided((4, 1037), (1101, 1))
+        cases.check_backward(cuda, logits, labels, out)
+        around = torch.ones_like(wide, dtype=torch.bool)
+        around[shift:].as_strided((4, 1037), (1101, 1)).fill_(False)
+        assert wide[around].isnan().all(), "written outside of out"
+    cases.check_backward(cuda, logits, labels, logits)
+
+
+@pytest.mark.parametrize("to", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_the_gradient_in_another_dtype(cuda, dtype, to):
+    logits, labels = cases.logits_and_labels(dtype, 3, 777, ignored=(1,))
+    out = torch.full(logits.shape, cases.POISON, dtype=to)
+    cases.check_backward(cuda, logits, labels, out, scale=0.5, softcap=9.0)
+
+
+def test_an_expanded_gradient_and_a_scale_on_the_device(cuda):
+    logits, labels = cases.logits_and_labels(torch.float32, 6, 100, ignored=(5,))
+    expanded = torch.tensor([0.37]).expand(6)
+    strided = torch.randn(12)[::2]
+    scale = torch.tensor(-2.5)
+    for grad in (expanded, strided):
+        out = torch.empty_like(logits)
+        cases.check_backward(cuda, logits, labels, out, grad=grad, grad_scale=scale)
+    out = torch.full_like(logits, cases.POISON)
+    cases.check_backward(cuda, logits, labels, out, grad=torch.zeros(6))
+    assert bool((out == 0).all())
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_row_has_the_same_bits_wherever_it_lies_and_whoever_is_beside_it(cuda, dtype):
+    vocab = STRETCH // dtype.itemsize + 1001
+    row, _ = cases.logits_and_labels(dtype, 1, vocab)
+    label = torch.tensor([vocab // 3])
+    h = cases.head(row, softcap=30.0)
+    alone = cases.bits(cuda.logits_logps(row, label, h))
+    for offset in range(1, 16 // dtype.itemsize):
+        logits, labels = cases.logits_and_labels(dtype, 2, vocab, offset=offset, ignored=(0,))
+        logits[1], labels[1] = row[0], label[0]
+        again = cuda.logits_logps(logits, labels, h)
+        cases.assert_same_bits(alone, cases.bits(again[0][1:], again[1][1:]))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_any_schedule_gives_the_same_bits(cuda, host, dtype):
+    vocab = 2 * STRETCH // dtype.itemsize + 777
+    logits, labels = cases.logits_and_labels(dtype, 3, vocab, ignored=(1,))
+    h = cases.head(logits, scale=0.7)
+
+    def run():
+        logps, lse = cuda.logits_logps(logits, labels, h)
+        out = logits.clone()
+        cuda.logits_logps_backward(torch.ones(3), out, labels, lse, h, out)
+        return cases.bits(logps, lse, out)
+
+    in_order = run()
+    for seed in (1, 2, 3):
+        with host.schedule(seed):
+            cases.assert_same_bits(in_order, run())
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_extreme_logits(cuda, dtype):
+    vocab, big = 3001, 1e4 if dtype != torch.float16 else 6e4
+    logits, labels = cases.logits_and_labels(dtype, 8, vocab)
+    logits[0], logits[1], logits[2] = big, -big, big
+    logits[2, 17], labels[2] = -big, 17  # the label at probability e^-20000
+    logits[3, ::2], labels[3] = -math.inf, 1
+    logits[4], labels[4] = -math.inf, 5
+    logits[4, 5] = 2.0  # the label is all there is
+    logits[5, 100], labels[5] = big, 100
+    logits[6] = 0.0
+    cases.check_forward(cuda, logits, labels)
+    cases.check_backward(cuda, logits, labels, torch.empty_like(logits))
+    logps, _ = cuda.logits_logps(logits, labels, cases.head(logits))
+    assert logps[4].item() == 0.0
+    assert logps[5].item() == 0.0
+
+
+def test_a_large_common_offset_costs_no_accuracy(cuda):
+    """logp = (z_y − max) − log Σ is exact where z_y − lse would lose three digits."""
+    logits = 10000.0 + torch.randn(16, 500)
+    labels = torch.randint(0, 500, (16,))
+    ours, _ = cuda.logits_logps(logits, labels, cases.head(logits))
+    exact = logits.double().log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    assert (ours - exact).abs().max() < 2e-6
+
+
+def test_infinities_and_nan_come_out_as_the_oracle_has_them(cuda):
+    logits, labels = cases.logits_and_labels(torch.float32, 6, 300)
+    logits[0] = -math.inf
+    logits[1, 7] = math.inf
+    logits[2, 7], labels[2] = math.inf, 7
+    logits[3, 9] = math.nan
+    logits[4, labels[4]] = -math.inf
+    h = cases.head(logits)
+    ours = cuda.logits_logps(logits, labels, h)
+    exact = cases.reference.logits_logps(logits.double(), labels, h)
+    for mine, oracle in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, oracle.float(), equal_nan=True)
+
+
+def test_labels_outside_the_vocabulary_are_nan_and_never_read(cuda):
+    logits, labels = cases.logits_and_labels(torch.bfloat16, 3, 50)
+    labels[1], labels[2] = 50, 1 << 40
+    logps, lse = cuda.logits_logps(logits, labels, cases.head(logits))
+    assert logps.isnan().tolist() == [False, True, True]
+    assert lse.isfinite().all()
+
+
+def test_nothing_to_do(cuda, host):
+    before = host.blocks()
+    logits, labels = torch.empty(0, 10), torch.empty(0, dtype=torch.int64)
+    logps, lse = cuda.logits_logps(logits, labels, cases.head(logits))
+    cuda.logits_logps_backward(logps, logits, labels, lse, cases.head(logits), logits)
+    assert logps.shape == lse.shape == (0,)
+    assert host.blocks() == before
+
+
+def test_all_rows_ignored(cuda):
+    logits, labels = cases.logits_and_labels(torch.float16, 3, 40000, ignored=(0, 1, 2))
+    cases.check_forward(cuda, logits, labels)
+    cases.check_backward(cuda, logits, labels, logits)
+
+
+@pytest.mark.skipif(
+    os.environ.get(host_backend.SANITIZE_VARIABLE) == "1",
+    reason="the sanitizer's shadow of eight untouched GiB is not untouched",
+)
+def test_rows_beyond_two_to_the_31_elements(cuda):
+    stride = (1 << 31) + 24  # virtual memory: two rows of it are ever touched
+    logits = torch.empty(2 * stride, dtype=torch.bfloat16).as_strided((2, 100), (stride, 1))
+    logits.copy_(torch.randn(2, 100))
+    labels = torch.tensor([3, 99])
+    cases.check_forward(cuda, logits, labels)
+    cases.check_backward(cuda, logits, labels, logits)

@@ -1,0 +1,87 @@
+"""Shapes, strides, types and options at random, run on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from host import cases
+
+# Derandomised: a failure is the same on every machine. The fixture is a stateless module.
+few = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+dtypes = st.sampled_from(cases.DTYPES)
+transforms = st.fixed_dictionaries(
+    {},
+    optional={
+        "scale": st.sampled_from([0.25, -1.0, 3.0]),
+        "softcap": st.sampled_from([5.0, 30.0]),
+        "temperature": st.sampled_from([0.5, 2.0]),
+    },
+)
+vocabularies = st.one_of(st.integers(1, 300), st.integers(2000, 10000), st.integers(16000, 40000))
+
+
+@few
+@given(st.data())
+def test_logits(cuda, host, data):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000), "seed"))
+    rows, vocab = draw(st.integers(1, 5), "rows"), draw(vocabularies, "vocab")
+    dtype, transform = draw(dtypes, "dtype"), draw(transforms, "transform")
+    logits, labels = cases.logits_and_labels(
+        dtype,
+        rows,
+        vocab,
+        spread=draw(st.sampled_from([0.0, 1.0, 8.0]), "spread"),
+        row_stride=vocab + draw(st.integers(0, 17), "pad"),
+        offset=draw(st.integers(0, 9), "offset"),
+        ignored=tuple(draw(st.sets(st.integers(0, rows - 1)), "ignored")),
+    )
+    with host.schedule(draw(st.integers(0, 5), "schedule")):
+        cases.check_forward(cuda, logits, labels, **transform)
+        in_place = draw(st.booleans(), "in place")
+        out = logits if in_place else torch.full((rows, vocab), cases.POISON, dtype=draw(dtypes))
+        cases.check_backward(cuda, logits, labels, out, **transform)
+
+
+@few
+@given(st.data())
+def test_target_logits(cuda, host, data):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000), "seed"))
+    rows, vocab = draw(st.integers(1, 20), "rows"), draw(st.integers(1, 30), "vocab")
+    width, pad = draw(st.integers(1, 1500), "width"), draw(st.integers(0, 9), "pad")
+    dtype = draw(dtypes, "dtype")
+    hidden = torch.randn(rows, width + pad).to(dtype)[:, pad:]
+    weight = torch.randn(vocab, width + pad).to(dtype)[:, : width or None]
+    bias = torch.randn(vocab).to(draw(dtypes)) if draw(st.booleans(), "bias") else None
+    labels = torch.randint(0, vocab, (rows,))
+    with host.schedule(draw(st.integers(0, 5), "schedule")):
+        cases.check_target_logits(cuda, hidden, weight, labels, bias, **draw(transforms))
+
+
+@few
+@given(st.data())
+def test_sequence_loss(cuda, host, data):
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000), "seed"))
+    half = draw(st.integers(1, 4), "pairs")
+    lengths = draw(st.lists(st.integers(0, 600), min_size=2 * half, max_size=2 * half))
+    with host.schedule(draw(st.integers(0, 5), "schedule")):
+        cases.check_sequence_loss(
+            cuda,
+            *cases.sequences(lengths),
+            beta=draw(st.sampled_from([0.01, 0.1, 2.0])),
+            label_smoothing=draw(st.sampled_from([0.0, 0.1, 0.5])),
+            average=draw(st.booleans()),
+            pairs=draw(st.sampled_from(["concatenated", "interleaved"])),
+        )
