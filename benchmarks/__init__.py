@@ -1,10 +1,10 @@
 """What is timed, against whom, and the results with the hardware they came from.
 
-    python -m benchmarks.loss       the DPO loss step against every peer that runs here
-    python -m benchmarks.workspace  time and memory against `workspace_bytes`
-    python -m benchmarks.accuracy   log-probabilities and gradients against fp64
-    python -m benchmarks.kernels    each primitive against its floor
-    python -m benchmarks.step       a whole training step of a Hugging Face model
-    python -m benchmarks.report     the README's section from the JSON of the others
-    benchmarks/gpu.sh OUT           all of it on a GPU within ten minutes
+python -m benchmarks.loss       the DPO loss step against every peer that runs here
+python -m benchmarks.workspace  time and memory against `workspace_bytes`
+python -m benchmarks.accuracy   log-probabilities and gradients against fp64
+python -m benchmarks.kernels    each primitive against its floor
+python -m benchmarks.step       a whole training step of a Hugging Face model
+python -m benchmarks.report     the README's section from the JSON of the others
+benchmarks/gpu.sh OUT           all of it on a GPU within ten minutes
 """

@@ -1,7 +1,7 @@
 """The JSON that benchmarks write and the report reads: one document per run.
 
-    {"schema": 1, "kind": ..., "title": ..., "environment": {...}, "protocol": {...},
-     "results": [{"provider": ..., "status": ..., ...}, ...]}
+{"schema": 1, "kind": ..., "title": ..., "environment": {...}, "protocol": {...},
+ "results": [{"provider": ..., "status": ..., ...}, ...]}
 """
 
 from __future__ import annotations

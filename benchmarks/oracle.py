@@ -139,9 +139,7 @@ def verdict(
     return broken
 
 
-def accuracy_record(
-    got: Expected, expected: Expected, eager: Expected
-) -> dict[str, Any]:
+def accuracy_record(got: Expected, expected: Expected, eager: Expected) -> dict[str, Any]:
     """What the JSON keeps of a check."""
     mine, baseline = errors(got, expected), errors(eager, expected)
     broken = verdict(mine, baseline, expected, eager)

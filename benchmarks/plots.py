@@ -59,6 +59,89 @@ def _workspace_panels(axes: Any, rows: list[dict[str, Any]], dtype: str) -> None
     axes[1].set_xlabel("workspace, MiB")
 
 
+def multiples(doc: dict[str, Any], path: Path) -> None:
+    """Bars of time over the floor, one panel per scenario; 1 is the bare products."""
+    panels = _by_scenario(doc)
+    if not panels:
+        return
+    most = max(len(rows) for rows in panels.values())
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(5.4 * columns, (0.9 + 0.24 * most) * lines), squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (name, rows) in zip(axes.flat, panels.items(), strict=False):
+        rows = sorted(rows, key=lambda r: -r["multiple_of_floor"])
+        values = [r["multiple_of_floor"] for r in rows]
+        bars = axis.barh(
+            [r["provider"] for r in rows], values, color=[_colour(r["provider"]) for r in rows]
+        )
+        axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        axis.axvline(1, color="black", lw=0.8)
+        axis.set_xlim(0, max(values) * 1.15)
+        axis.tick_params(labelsize=7)
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("time / floor", fontsize=7)
+    figure.suptitle(describe(doc["environment"]), fontsize=8)
+    _save(figure, path)
+
+
+def against_tokens(doc: dict[str, Any], path: Path) -> None:
+    """Time and extra memory against tokens, where scenarios differ in nothing else."""
+    series: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
+    for r in doc["results"]:
+        if r["status"] == "ok" and "seconds" in r and r["provider"] != "products":
+            s = r["scenario"]
+            key = tuple(s[k] for k in ("head", "share", "trains", "dtype", "reference", "peaked"))
+            series.setdefault(key, {}).setdefault(r["provider"], []).append(r)
+    key, lines = max(
+        series.items(), key=lambda item: max(len(v) for v in item[1].values()), default=((), {})
+    )
+    if max((len(v) for v in lines.values()), default=0) < 2:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.6))
+    for name, rows in lines.items():
+        rows = sorted(rows, key=lambda r: r["scenario"]["tokens"])
+        x = [r["scenario"]["tokens"] for r in rows]
+        style = {"color": OURS, "lw": 2.2} if name == "fastdpo" else {"lw": 1.0}
+        axes[0].plot(x, [r["seconds"]["median"] for r in rows], "o-", ms=3, label=name, **style)
+        with_memory = [r for r in rows if "extra_bytes" in r]
+        axes[1].plot(
+            [r["scenario"]["tokens"] for r in with_memory],
+            [max(r["extra_bytes"], 1 << 20) / 2**30 for r in with_memory],
+            "o-",
+            ms=3,
+            label=name,
+            **style,
+        )
+    for axis, text in zip(axes, ("seconds per step", "extra memory, GiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=text)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=6)
+    head, share, trains, dtype, *_ = key
+    figure.suptitle(
+        f"{head}, {share:.0%} carry loss, {trains}, {dtype}\n{describe(doc['environment'])}",
+        fontsize=8,
+    )
+    _save(figure, path)
+
+
+def _by_scenario(doc: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for r in doc["results"]:
+        if r["status"] == "ok" and "multiple_of_floor" in r:
+            panels.setdefault(r["scenario"]["name"], []).append(r)
+    return panels
+
+
+def _colour(provider: str) -> str:
+    if provider.startswith("fastdpo"):
+        return OURS
+    return {"products": "black", "eager": EAGER}.get(provider, PEER)
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

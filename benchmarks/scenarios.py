@@ -1,4 +1,4 @@
-"""What is measured: an lm_head, a batch of pairs, how much of it carries loss, and what is trained."""
+"""What is measured: an lm_head, a batch of pairs, how much of it carries loss, what is trained."""
 
 from __future__ import annotations
 
@@ -157,7 +157,9 @@ SUITES = {
         Scenario("llama-3-vocab-d512", 512, share=0.5, dtype="bf16", sequences=4),
         Scenario("mistral-vocab-d1024", 1024, dtype="fp32", sequences=4),
         Scenario("mistral-vocab-d1024", 2048, share=0.25, dtype="fp32", sequences=4),
-        Scenario("mistral-vocab-d1024", 1024, share=0.5, dtype="fp32", sequences=4, trains="forward"),
+        Scenario(
+            "mistral-vocab-d1024", 1024, share=0.5, dtype="fp32", sequences=4, trains="forward"
+        ),
         Scenario("gemma-2-vocab-d256", 256, share=0.5, dtype="fp32", sequences=4),
     ],
     "cpu-quick": [

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from benchmarks.providers import Provider
 from benchmarks.scenarios import Scenario
 
 console = Console()
-_MARKS = {"absent": "–", "refused": "–", "failed": "failed", "inaccurate": "inaccurate"}
 
 
 @contextmanager
@@ -69,3 +70,56 @@ def workspace(
         sign = "≤" if p["kept"] else ">"
         colour = "green" if p["kept"] else "red"
         console.print(f"  {p['promise']} [{colour}]{p['measured']:.3f} {sign} {p['limit']}[/]")
+
+
+def hardware(env: dict[str, Any], line: str) -> None:
+    versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items() if v)
+    commit = (env["commit"]["id"] or "unknown")[:10]
+    modified = " with uncommitted changes" if env["commit"]["modified"] else ""
+    console.print(f"[bold]{line}[/]\n{versions}\ncommit {commit}{modified}")
+    if env["device"] == "cpu":
+        console.print("[yellow]These are CPU figures: they say nothing about a GPU.[/]")
+
+
+def loss(scenario: Scenario, rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        title=f"{scenario.name} · N {scenario.carrying:,}, V {scenario.shape.vocab_size:,}, "
+        f"D {scenario.shape.hidden_size:,}, {scenario.units} units"
+    )
+    for name in ("provider", "time", "20% – 80%", "× floor", "extra memory", "logps error", "note"):
+        table.add_column(name, justify="left" if name in ("provider", "note") else "right")
+    for r in rows:
+        error = r.get("accuracy", {}).get("errors", {}).get("logps", {}).get("max")
+        cells = [r["provider"], "", "", "", "", "" if error is None else f"{error:.1e}", ""]
+        if r["status"] == "ok":
+            cells[1] = duration(r["seconds"]["median"])
+            cells[2] = spread(r["seconds"])
+            cells[3] = f"{r['multiple_of_floor']:.2f}"
+            cells[4] = amount(r["extra_bytes"]) if "extra_bytes" in r else ""
+            if r.get("units", scenario.units) > scenario.units:
+                cells[6] = "with its reference's forward"
+        else:
+            cells[6] = f"{r['status']}: {r['reason']}"
+        table.add_row(*cells, style="bold" if r["provider"] == "fastdpo" else None)
+    console.print(table)
+
+
+def longest_pairs(rows: list[dict[str, Any]], limit: int, hardware_line: str) -> None:
+    table = Table(title=f"Longest pair within {amount(limit)} · {hardware_line}")
+    for name in ("provider", "tokens", "note"):
+        table.add_column(name, justify="right" if name == "tokens" else "left")
+    for r in rows:
+        if r["status"] == "ok":
+            table.add_row(r["provider"], f"{r['max_tokens']:,}", "")
+        else:
+            table.add_row(r["provider"], "", f"{r['status']}: {r['reason']}")
+    console.print(table)
+
+
+def providers(everyone: list[Provider], device: torch.device) -> None:
+    table = Table(title=f"Providers on {device.type}")
+    for name in ("provider", "what it is", "here"):
+        table.add_column(name)
+    for p in everyone:
+        table.add_row(p.name, p.summary, p.absent(device) or "[green]yes[/]")
+    console.print(table)

@@ -91,8 +91,10 @@ def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
-            "dtype provider workspace_bytes seconds seconds_p20 seconds_p80 multiple_of_floor "
-            "extra_bytes".split()
+            (
+                *("dtype", "provider", "workspace_bytes", "seconds", "seconds_p20", "seconds_p80"),
+                *("multiple_of_floor", "extra_bytes"),
+            )
         )
         for r in rows:
             s = r["seconds"]

@@ -51,7 +51,5 @@ def by_name(names: list[str] | None = None) -> list[Provider]:
     known = [p.name for p in everyone]
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise ValueError(
-            f"providers should be among {', '.join(known)}, got {', '.join(unknown)}"
-        )
+        raise ValueError(f"providers should be among {', '.join(known)}, got {', '.join(unknown)}")
     return [p for p in everyone if names is None or p.name in names]

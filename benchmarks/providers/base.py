@@ -68,9 +68,7 @@ class LogpsProvider(Provider):
                 ).sum(-1)
         tokens = self.token_logps(inputs.hidden, inputs.weight, inputs.labels, softcap)
         logps = tokens.sum(-1)
-        return Expected(
-            dpo_loss(logps, ref_logps), logps.detach(), token_logps=tokens.detach()
-        )
+        return Expected(dpo_loss(logps, ref_logps), logps.detach(), token_logps=tokens.detach())
 
 
 def missing(module: str) -> str | None:

@@ -23,7 +23,7 @@ def eager_token_logps(
     labels: Tensor,  # [2B, T]
     softcap: float | None,
 ) -> Tensor:  # [2B, T]
-    """The original DPO repository's `_get_batch_logps`: logits to fp32, log_softmax, gather, mask."""
+    """As the original DPO repository: logits to fp32, log_softmax, gather, mask."""
     logits = capped(hidden @ weight.t(), softcap)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     tokens = logits.log_softmax(-1).gather(-1, _safe(labels).unsqueeze(-1)).squeeze(-1)
