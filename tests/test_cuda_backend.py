@@ -46,8 +46,8 @@ def availability(built, cuda_is_available=True):
     with (
         mock.patch.object(cuda, "extension", built),
         mock.patch.object(torch.version, "hip", None),
-        mock.patch.object(torch.cuda, "is_available", lambda: cuda_is_available),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda: (9, 0)),
+        mock.patch.object(torch.cuda, "is_available", return_value=cuda_is_available),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
     ):
         return cuda.available()
 

@@ -1,4 +1,4 @@
-"""The extension, compiled for every architecture: what the compiler made of it, and that it imports.
+"""The extension, compiled for every architecture: what came out of it, and that it imports.
 
 The objects stay in build/cuda-*/, so that a second run, or `pip install .` from the same checkout,
 compiles nothing again.
@@ -25,8 +25,8 @@ needs_nvcc = pytest.mark.skipif(
     reason="compiling csrc/ needs nvcc on PATH, pybind11 and setuptools",
 )
 
-# Registers a thread for which the kernels were designed: 256 threads a block and at least 4 blocks a
-# multiprocessor, for the kernels that move the [N, V] matrices; 2 for the others.
+# Registers a thread for which the kernels were designed: 256 threads a block, and at least 4 blocks
+# a multiprocessor for those that move matrices, 2 for the other.
 MOST_REGISTERS = {"logits_forward": 64, "logits_backward": 64, "target_logits": 64}
 MOST_REGISTERS_ELSEWHERE = 128
 MOST_SHARED_BYTES = 48 << 10
@@ -79,7 +79,7 @@ def test_it_was_built_for_what_it_says(module):
         module.check_architecture(architecture // 10, architecture % 10)
     major = max(module.PTX_ARCHITECTURES) // 10
     module.check_architecture(major + 5, 0)  # a later GPU compiles the PTX
-    with pytest.raises(ValueError, match='FASTDPO_CUDA_ARCHS="5.0"'):
+    with pytest.raises(ValueError, match=r'FASTDPO_CUDA_ARCHS="5\.0"'):
         module.check_architecture(5, 0)
 
 

@@ -47,17 +47,16 @@ class Host:
 
 @contextlib.contextmanager
 def installed(host: Host) -> Iterator[ModuleType]:
-    """`fastdpo.backends.cuda` over CPU tensors; the very same Python code, but for device and stream."""
+    """`fastdpo.backends.cuda` over CPU tensors: the same code but for device and stream."""
     library = torch.library.Library("fastdpo_cuda", "IMPL")
     for name, kernel in cuda_ops._KERNELS.items():
         library.impl(name, kernel, "CPU")
+    queue = contextlib.nullcontext({"device": 0, "stream": 0})
     try:
         with (
             mock.patch.object(cuda_ops, "_DEVICE_TYPE", "cpu"),
-            mock.patch.object(cuda_ops, "extension", lambda: host.module),
-            mock.patch.object(
-                cuda_ops, "_on", lambda tensor: contextlib.nullcontext({"device": 0, "stream": 0})
-            ),
+            mock.patch.object(cuda_ops, "extension", return_value=host.module),
+            mock.patch.object(cuda_ops, "_on", return_value=queue),
         ):
             yield cuda
     finally:

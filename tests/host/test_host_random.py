@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("hypothesis")
 
+from host import cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from host import cases
 
 # Derandomised: a failure is the same on every machine. The fixture is a stateless module.
 few = settings(

@@ -1,4 +1,4 @@
-"""This folder's tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer compiled in."""
+"""This folder's tests once more, with AddressSanitizer and UndefinedBehaviorSanitizer in them."""
 
 from __future__ import annotations
 
