@@ -128,6 +128,52 @@ def against_tokens(doc: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def accuracy(doc: dict[str, Any], path: Path) -> None:
+    """The largest error of a sequence's log-probability against its length."""
+    kinds = list(dict.fromkeys(r["scenario"]["peaked"] for r in doc["results"]))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.8 * len(kinds), 3.6), squeeze=False)
+    for axis, peaked in zip(axes[0], kinds, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for r in doc["results"]:
+            s = r["scenario"]
+            if r["status"] == "ok" and s["peaked"] == peaked and r["sequence_nats"]["max"]:
+                point = (s["tokens"] // s["sequences"], r["sequence_nats"]["max"])
+                lines.setdefault(r["provider"], []).append(point)
+        for name, points in lines.items():
+            style = {"color": OURS, "lw": 2.2} if name == "fastdpo" else {"lw": 1.0}
+            axis.plot(*zip(*sorted(points), strict=True), "o-", ms=3, label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel="tokens of the sequence")
+        axis.set_title(
+            "a trained model's softmax" if peaked else "a nearly flat softmax", fontsize=9
+        )
+        axis.set_ylabel("largest error of a sequence, nats")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=6)
+    scenario = doc["results"][0]["scenario"]
+    figure.suptitle(
+        f"{scenario['head']}, {scenario['dtype']}\n{describe(doc['environment'])}", fontsize=8
+    )
+    _save(figure, path)
+
+
+def losses(doc: dict[str, Any], path: Path) -> None:
+    """Loss curves of the training loops, over one another where they coincide."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.4))
+    styles = {"fastdpo": ("-", OURS, 3.0), "eager": ("--", EAGER, 1.8), "trl": (":", PEER, 1.8)}
+    for r in doc["results"]:
+        if r["status"] == "ok":
+            line, colour, width = styles.get(r["provider"], ("-.", "black", 1.0))
+            axis.plot(r["losses"], line, color=colour, lw=width, label=r["provider"])
+    axis.set(xlabel="step", ylabel="DPO loss")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    axis.set_title(
+        f"{doc['results'][0]['model']}, {doc['protocol']['shape']}\n{describe(doc['environment'])}",
+        fontsize=8,
+    )
+    _save(figure, path)
+
+
 def _by_scenario(doc: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     panels: dict[str, list[dict[str, Any]]] = {}
     for r in doc["results"]:

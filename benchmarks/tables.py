@@ -123,3 +123,56 @@ def providers(everyone: list[Provider], device: torch.device) -> None:
     for p in everyone:
         table.add_row(p.name, p.summary, p.absent(device) or "[green]yes[/]")
     console.print(table)
+
+
+def accuracy(scenario: Scenario, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=f"{scenario.name} · sequences of {scenario.length:,} tokens")
+    names = ("provider", "token max", "token rms", "sequence max", "∂hidden rms", "∂weight rms")
+    for name in (*names, "margin at start", "rule"):
+        table.add_column(name, justify="left" if name in ("provider", "rule") else "right")
+
+    def cell(row: dict[str, Any], key: str, norm: str) -> str:
+        value = (row.get(key) or {}).get(norm)
+        return "" if value is None else f"{value:.1e}"
+
+    for r in rows:
+        if r["status"] != "ok":
+            table.add_row(r["provider"], *[""] * 6, f"{r['status']}: {r['reason']}")
+            continue
+        margin = r["margin_at_initialisation"]
+        table.add_row(
+            r["provider"],
+            cell(r, "token_nats", "max"),
+            cell(r, "token_nats", "rms"),
+            cell(r, "sequence_nats", "max"),
+            cell(r, "hidden_relative", "rms"),
+            cell(r, "weight_relative", "rms"),
+            "not finite" if margin is None else f"{margin:.1e}" if margin else "0",
+            "[green]kept[/]" if r["passes"] else f"[red]broken[/]: {r['broken'][0]}",
+        )
+    console.print(table)
+
+
+def step(rows: list[dict[str, Any]], how: dict[str, Any]) -> None:
+    lengths = how["lengths"]
+    table = Table(
+        title=f"{rows[0]['model']}, {rows[0]['batch_size']} pairs per step, {how['shape']} "
+        f"(mean prompt {lengths['mean_prompt']:.0f}, completion {lengths['mean_completion']:.0f})"
+    )
+    for name in ("loop", "step", "20% – 80%", "pairs / s", "peak memory", "loss − eager's", "note"):
+        table.add_column(name, justify="left" if name in ("loop", "note") else "right")
+    for r in rows:
+        if r["status"] != "ok":
+            table.add_row(r["provider"], *[""] * 5, f"{r['status']}: {r['reason']}")
+            continue
+        difference = r.get("largest_loss_difference")
+        table.add_row(
+            r["provider"],
+            duration(r["seconds"]["median"]),
+            spread(r["seconds"]),
+            f"{r['pairs_per_second']:.2f}",
+            amount(r["peak_bytes"]),
+            "" if difference is None else f"{difference:.1e}",
+            "",
+        )
+    console.print(table)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import fastdpo
 from benchmarks.inputs import BETA, IGNORE_INDEX, Inputs
 from benchmarks.oracle import Expected
 from benchmarks.providers.base import Provider
 from fastdpo.backends import select
-from fastdpo.loss import linear_dpo_loss
+from fastdpo.loss import linear_dpo_loss, linear_logps
 
 EVERYTHING = 1 << 50  # a workspace that holds E of any batch
 
@@ -50,3 +51,16 @@ class FastDPO(Provider):
             backend=self.backend,
         )
         return Expected(out.loss, torch.cat([out.chosen_logps, out.rejected_logps]).detach())
+
+    @torch.no_grad()
+    def token_logps(self, inputs: Inputs) -> Tensor:  # [2B, T]
+        """What the loss sums over each sequence, 0 where ignored."""
+        return linear_logps(
+            inputs.hidden,
+            inputs.weight,
+            inputs.labels,
+            softcap=inputs.scenario.shape.softcap,
+            ignore_index=IGNORE_INDEX,
+            workspace_bytes=self.workspace,
+            backend=self.backend,
+        )
