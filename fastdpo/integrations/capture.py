@@ -10,7 +10,7 @@ guards on modules and not on hooks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -97,9 +97,15 @@ def capture(
     model: nn.Module,
     input_ids: Tensor,  # [S, T]
     attention_mask: Tensor | None = None,  # [S, T]
+    *,
+    forward: Callable[..., Any] | None = None,
     **model_kwargs: Any,
 ) -> Captured:
     """One forward of `model`, without its logits.
+
+    `forward` is what to call in place of the model: the forward that the model had, where the
+    caller has replaced it and is inside that replacement. Calling the model there would enter
+    its wrappers a second time, accelerate's autocast among them, which does not survive that.
 
     Raises:
         UnsupportedModel: the head cannot be described, or is not what the description says.
@@ -114,7 +120,7 @@ def capture(
         model_kwargs.setdefault("use_cache", False)  # keys and values of all layers, for nobody
 
     with _tapped(lm, head_module, probing) as tap:
-        outputs = model(input_ids=input_ids, **model_kwargs)
+        outputs = (forward or model)(input_ids=input_ids, **model_kwargs)
     hidden = _captured_hidden(tap, model, lm, input_ids)
     if probing and tap.rows is not None:
         logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]

@@ -105,16 +105,14 @@ def sequence_logps(
         )
     captured = capture(model, input_ids, attention_mask, **model_kwargs)
     shifted = shift_labels(labels).to(captured.hidden.device)
-    with _autocast_of_head(captured):
-        tokens = core.linear_logps(
-            captured.hidden,
-            captured.head.weight,
-            shifted,
-            stats=stats,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
-            **_head_options(captured, temperature),
-        )
+    tokens = captured_logps(
+        captured,
+        shifted,
+        stats=stats,
+        temperature=temperature,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
     if isinstance(tokens, core.LinearLogps):
         return _at_tokens(tokens)
     if per_token:
@@ -222,6 +220,27 @@ def dpo_loss(
     )
 
 
+def captured_logps(
+    captured: Captured,
+    shifted_labels: Tensor,  # [S, T]
+    *,
+    temperature: float = 1.0,
+    **options: Any,
+) -> Tensor | core.LinearLogps:
+    """`fastdpo.loss.linear_logps` of one forward's hidden states, under the autocast of its head.
+
+    shifted_labels are aligned with the hidden states; options are those of `linear_logps`.
+    """
+    with _autocast_of_head(captured):
+        return core.linear_logps(
+            captured.hidden,
+            captured.head.weight,
+            shifted_labels.to(captured.hidden.device),
+            **_head_options(captured, temperature),
+            **options,
+        )
+
+
 @torch.no_grad()
 def _reference_logps(
     model: nn.Module,
@@ -243,14 +262,9 @@ def _reference_logps(
         )
     with adapter:
         captured = capture(reference, parts.input_ids, parts.attention_mask, **parts.model_kwargs)
-        with _autocast_of_head(captured):
-            logps = core.linear_logps(
-                captured.hidden,
-                captured.head.weight,
-                shift_labels(parts.labels).to(captured.hidden.device),
-                backend=backend,
-                **_head_options(captured, temperature),
-            )
+        logps = captured_logps(
+            captured, shift_labels(parts.labels), temperature=temperature, backend=backend
+        )
     assert isinstance(logps, Tensor)  # no stats were asked for
     return logps
 

@@ -1,0 +1,116 @@
+"""TRL's DPOTrainer with fastdpo's log-probabilities: the same trainer, losses and metrics.
+
+TRL (1.16 and later) gives the model a forward that returns per-token log-probabilities and
+statistics instead of logits when it is called with `fused_lm_head=True`, and computes every loss
+from them. `use_fastdpo(trainer)` answers those calls; all others go where they went before.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdpo import checks
+from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
+from fastdpo.integrations.capture import capture
+from fastdpo.integrations.hf import captured_logps
+from fastdpo.integrations.unwrap import causal_lm, peft_model
+
+__all__ = ["use_fastdpo"]
+
+
+def use_fastdpo(
+    trainer: Any,
+    *,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Let a `trl.DPOTrainer` take its log-probabilities from fastdpo; call it before `train()`.
+
+        trainer = use_fastdpo(DPOTrainer(model, ref_model, args=args, train_dataset=dataset))
+        trainer.train()
+
+    Policy, reference and adapters, precomputed references, every `loss_type` and every metric of
+    the trainer stay TRL's own. Calls without `fused_lm_head=True` (generation among them) reach
+    the forward that the model had.
+
+    Args:
+        trainer: a `trl.DPOTrainer`, built and not yet training.
+        workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
+
+    Returns:
+        The trainer itself.
+
+    Raises:
+        ValueError: trainer is no DPOTrainer of a TRL that fuses the lm_head, or uses what this
+            adapter does not support: prompt-learning adapters, FSDP, DeepSpeed ZeRO-3.
+        UnsupportedModel: a ValueError; see `fastdpo.integrations.hf.sequence_logps`.
+    """
+    import trl
+
+    add = getattr(trl.trainer.utils, "add_fused_lm_head", None)
+    if not isinstance(trainer, trl.DPOTrainer) or add is None:
+        checks.fail("trainer", "a trl.DPOTrainer of TRL 1.16 or later", type(trainer).__name__)
+    _refuse_sharded(trainer)
+    peft = peft_model(trainer.model)
+    if peft is not None and any(config.is_prompt_learning for config in peft.peft_config.values()):
+        checks.fail("trainer.model", "without a prompt-learning adapter", type(peft).__name__)
+    checks.workspace_bytes(workspace_bytes)
+    checks.backend(backend)
+    policy_stats: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
+    if trainer.use_weighting:
+        policy_stats += ("log_sum_sq_probs",)
+    options = {"workspace_bytes": workspace_bytes, "backend": backend}
+    _answer(causal_lm(trainer.model), stats=policy_stats, **options)
+    if trainer.ref_model is not None:
+        _answer(causal_lm(trainer.ref_model), stats=(), **options)
+    return trainer
+
+
+def _refuse_sharded(trainer: Any) -> None:
+    if trainer.is_fsdp_enabled:
+        checks.fail("trainer", "without FSDP: its lm_head is sharded", "FSDP")
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        checks.fail("trainer", "without DeepSpeed ZeRO-3: its lm_head is sharded", "ZeRO-3")
+
+
+def _answer(lm: nn.Module, *, stats: tuple[str, ...], **options: Any) -> None:
+    """Give `lm` a forward that answers `fused_lm_head=True` by fastdpo."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    previous: Callable[..., Any] = lm.forward
+
+    def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return previous(*args, **kwargs)
+        labels: Tensor = kwargs.pop("labels")  # [S, T]
+        captured = capture(self, *args, forward=previous, **kwargs)
+        shifted = shift_labels(labels)
+        tokens = captured_logps(captured, shifted, stats=stats, **options)
+        fields = tokens._asdict() if stats else {"logps": tokens}
+        # TRL's columns are the positions that predict: all but the last.
+        columns = {k: None if v is None else v[:, :-1] for k, v in fields.items()}
+        logps = columns.pop("logps")
+        mask = shifted[:, :-1].to(logps.device) != IGNORE_INDEX
+        return FusedCausalLMOutput(
+            loss=-logps.sum() / mask.sum().clamp(min=1),
+            log_probs=logps,
+            label_mask=mask,
+            aux_loss=captured.aux_loss,
+            **columns,
+        )
+
+    # Trainers and generation look at the forward's signature.
+    forward.__signature__ = _signature(previous)  # type: ignore[attr-defined]
+    lm.forward = types.MethodType(forward, lm)
+
+
+def _signature(function: Callable[..., Any]) -> Any:
+    bound = inspect.signature(function)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return bound.replace(parameters=[first, *bound.parameters.values()])

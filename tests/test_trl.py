@@ -1,0 +1,175 @@
+"""TRL's DPOTrainer as it ships and with fastdpo: the same losses, metrics and weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fastdpo.integrations.trl import use_fastdpo
+
+trl = pytest.importorskip("trl", reason="needs trl")
+datasets = pytest.importorskip("datasets", reason="needs datasets")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+
+
+V, STEPS, BATCH = 97, 4, 2
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {w: i for i, w in enumerate(["<pad>", "<eos>", *(f"w{i}" for i in range(V - 2))])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"
+    )
+
+
+def model(name="Llama", **config):
+    torch.manual_seed(0)
+    cls = getattr(transformers, f"{name}Config")
+    settings = {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+        **config,
+    }
+    return transformers.AutoModelForCausalLM.from_config(cls(**settings))
+
+
+def pairs():
+    g = torch.Generator().manual_seed(0)
+
+    def text(low, high):
+        length = int(torch.randint(low, high, (1,), generator=g))
+        return " ".join(f"w{int(i)}" for i in torch.randint(0, V - 2, (length,), generator=g))
+
+    rows = [(text(2, 6), " " + text(1, 9), " " + text(1, 9)) for _ in range(STEPS * BATCH)]
+    columns = ("prompt", "chosen", "rejected")
+    return datasets.Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
+
+
+def train(folder, policy, fast, reference=None, peft_config=None, **args):
+    config = trl.DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        optim="sgd",  # Adam turns roundings of vanishing gradients into whole steps
+        learning_rate=0.1,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        **{"bf16": False, **args},
+    )
+    trainer = trl.DPOTrainer(
+        policy,
+        reference,
+        args=config,
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+    )
+    if fast:
+        assert use_fastdpo(trainer) is trainer
+    trainer.train()
+    assert not torch.is_autocast_enabled("cpu")
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    return logged, trainer.model
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(monkeypatch):
+    """The mixed precision of one trainer stays in accelerate's state and in the environment."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def disturbed(reference):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return reference
+
+
+CASES = {
+    "sigmoid": {},
+    "wpo and ipo": {"loss_type": "ipo", "use_weighting": True},
+    "mpo": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+    "ld": {"ld_alpha": 0.4},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "autocast": {"bf16": True},
+}
+
+
+def compare(tmp_path, make, tolerance=2e-4, **args):
+    def run(fast):
+        policy = make()
+        own_reference = "peft_config" in args or "precompute_ref_log_probs" in args
+        reference = None if own_reference else disturbed(make())
+        return train(tmp_path, policy, fast, reference=reference, **copy.deepcopy(args))
+
+    (base, base_model), (ours, our_model) = run(False), run(True)
+    assert len(ours) == len(base) == STEPS
+    for a, b in zip(ours, base, strict=True):
+        timed = {k for k in b if "runtime" in k or "per_second" in k}
+        assert a.keys() == b.keys()
+        if abs(b["rewards/margins"]) < 1e-5:  # which of two equal rewards is larger is chance
+            timed.add("rewards/accuracies")
+        for key in b.keys() - timed:
+            assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), key
+    for a, b in zip(our_model.parameters(), base_model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2 * tolerance, rtol=20 * tolerance)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_training_run(case, tmp_path):
+    loose = case == "autocast"
+    compare(tmp_path, model, tolerance=0.03 if loose else 2e-4, **CASES[case])
+
+
+def test_softcapped_logits(tmp_path):
+    def gemma():
+        return model("Gemma2", head_dim=16, final_logit_softcapping=5.0)
+
+    compare(tmp_path, gemma)
+
+
+def test_an_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    compare(tmp_path, model, peft_config=peft.LoraConfig(r=4, task_type="CAUSAL_LM"))
+
+
+def test_mixture_of_experts_keeps_its_balancing_loss(tmp_path):
+    def mixtral():
+        return model(
+            "Mixtral", num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
+        )
+
+    compare(tmp_path, mixtral)
+
+
+def test_other_calls_reach_the_models_own_forward(tmp_path):
+    _, trained = train(tmp_path, model(), fast=True, reference=model())
+    ids = torch.tensor([[2, 3, 4]])
+    assert trained(input_ids=ids).logits.shape == (1, 3, V)
+    assert trained.generate(ids, max_new_tokens=2, do_sample=False).shape[1] <= 5
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="trainer should be"):
+        use_fastdpo(object())
