@@ -24,7 +24,7 @@ constexpr int kColumns = kStretchBytes / static_cast<int>(sizeof(T));
 struct RowGradient {
   float scale;  // grad_t · gain
   float lse;
-  int64_t label;
+  int label;  // -1 where it is outside the vocabulary
 
   template <bool kSoftcap>
   __device__ __forceinline__ float operator()(const LogitMap& map, float u, int column) const {
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) logits_backward_kernel(const LogitsB
 
   const In* logits = static_cast<const In*>(p.logits) + row * p.row_stride;
   const float grad = p.grad[row * p.grad_stride] * (p.grad_scale == nullptr ? 1.0f : *p.grad_scale);
-  const RowGradient gradient{grad * p.map.gain, p.lse[row], label};
+  const RowGradient gradient{grad * p.map.gain, p.lse[row],
+                             label < p.vocab ? static_cast<int>(label) : -1};
   if constexpr (std::is_same_v<In, Out>) {
     write_same_type<In, kSoftcap>(logits, out, begin, end, p.vocab, gradient, p.map);
   } else {
