@@ -1,0 +1,147 @@
+"""The primitives as Triton kernels, for NVIDIA GPUs from Ampere on and AMD's MI300; the contract is `fastdpo.backends`.
+
+    target_logits.py, exp_logits_*.py, reduce_sums.py      hidden and head -> label logits, exponentials, their sums
+    logits_logps.py, logits_logps_backward.py              materialized logits
+    sequence_loss.py                                       log-probabilities -> the DPO sigmoid loss
+    epilogue.py, language.py                               what kernels share
+    exp_logits.py, row_launches.py, launch.py              which kernels a primitive launches, with what
+    configs.py, autotune.py                                tile shapes per architecture
+    ops.py                                                 the same as torch.library ops
+
+Importing this imports triton; `fastdpo` itself does not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo.backends import ExpSums, SequenceLoss
+from fastdpo.backends.triton import ops
+from fastdpo.backends.triton.configs import CONFIGS, supported_arch
+from fastdpo.backends.triton.exp_logits import STATS
+from fastdpo.backends.triton.launch import interpreted, target_of
+from fastdpo.head import Head
+
+__all__ = [
+    "PRIMITIVES",
+    "available",
+    "e_row_stride",
+    "exp_logits",
+    "logits_logps",
+    "logits_logps_backward",
+    "sequence_loss",
+    "supports",
+    "target_logits",
+]
+
+PRIMITIVES = frozenset(
+    {"target_logits", "exp_logits", "logits_logps", "logits_logps_backward", "sequence_loss"}
+)
+
+
+def available() -> tuple[bool, str]:
+    """Whether the kernels can run here, and why or why not, in words."""
+    if interpreted():
+        return True, "Triton's interpreter (TRITON_INTERPRET=1): correct, on any device, and slow"
+    if not torch.cuda.is_available():
+        return False, "PyTorch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
+    arch = target_of(torch.empty(0, device="cuda")).arch
+    if supported_arch(arch) is None:
+        known = ", ".join(name for name in CONFIGS if name != "interpreter")
+        return False, f"there is no configuration for {arch}; there is one for {known}"
+    return True, f"{torch.cuda.get_device_name()} ({arch})"
+
+
+def supports(dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether hidden states, weights and logits may have this dtype, and why not."""
+    if dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return True, ""
+    return False, f"the kernels accumulate in fp32; {dtype} needs another backend"
+
+
+def e_row_stride(
+    columns: int,  # K
+    dtype: torch.dtype,  # of E
+) -> int:
+    """Elements between the rows of an E [N, K]: K, up to the next multiple of 128 bytes.
+
+    Descriptors need 16 bytes, cuBLAS is fastest with 16, and rows that start at a cache line are stored in whole lines.
+    """
+    line = 128 // dtype.itemsize
+    return -(-columns // line) * line
+
+
+def target_logits(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]; outside [0, V): the label lies elsewhere, and the logit is 0
+) -> Tensor:  # [N] fp32
+    return ops.target_logits(_rows(hidden), *_flat(head), labels)
+
+
+def exp_logits(
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]
+    anchor: Tensor,  # [N] fp32
+    *,
+    fixed_anchor: bool = False,
+    out: Tensor | None = None,  # [N, K]
+    label_entry: Tensor | None = None,  # [N] fp32
+    stats: tuple[str, ...] = (),
+) -> ExpSums:
+    asked = [name for name in STATS if name in stats]
+    entry = None if out is None else label_entry
+    new_anchor, sums = ops.exp_logits(
+        _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, out, entry, ",".join(asked)
+    )
+    found = dict(zip(asked, sums[1:], strict=True))
+    return ExpSums(anchor if fixed_anchor else new_anchor, sums[0], *map(found.get, STATS))
+
+
+def logits_logps(
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    head: Head,
+) -> tuple[Tensor, Tensor]:  # [N], [N] fp32
+    return ops.logits_logps(logits, labels, head.scale, head.softcap, head.temperature)
+
+
+def logits_logps_backward(
+    grad_logps: Tensor,  # [N]
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N] fp32
+    head: Head,
+    out: Tensor,  # [N, V]
+) -> None:
+    curve = (head.scale, head.softcap, head.temperature)
+    if out is logits:
+        ops.logits_logps_backward_(grad_logps, logits, labels, lse, *curve)
+    else:
+        ops.logits_logps_backward(grad_logps, logits, labels, lse, *curve, out)
+
+
+def sequence_loss(
+    logps: Tensor,  # [N]
+    offsets: Tensor,  # [2B + 1]
+    ref_logps: Tensor,  # [2B]
+    beta: float,
+    label_smoothing: float,
+    average: bool,
+    pairs: str,
+) -> SequenceLoss:
+    interleaved = pairs == "interleaved"
+    return SequenceLoss(
+        *ops.sequence_loss(logps, offsets, ref_logps, beta, label_smoothing, average, interleaved)
+    )
+
+
+def _flat(head: Head) -> tuple[Tensor, Tensor | None, float, float | None, float]:
+    return head.weight, head.bias, head.scale, head.softcap, head.temperature
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    """hidden with contiguous rows, which it has already unless the caller sliced D."""
+    return hidden if hidden.stride(1) == 1 else hidden.contiguous()

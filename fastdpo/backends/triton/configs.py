@@ -1,0 +1,109 @@
+"""The tile shapes of exp_logits per architecture, as they ship. `FASTDPO_AUTOTUNE=1` prints lines for this table.
+
+A row's result may not depend on how many rows there are. Its additions over D follow BLOCK_D and the tensor core
+instruction's shape along D, those over V follow the tile's columns, the chunks, and how warps share the columns; none
+of it depends on a tile's rows. So for few rows only `rows` and `warps` change, together, so that each warp keeps
+its share of the tile; a test reads both compiled layouts and compares them. (That a matrix instruction of one
+shape adds a row's products in an order that ignores the other rows is the hardware's promise, not ours to prove.)
+
+Resources of each line, and what compiling it for its architecture gives: `python -m benchmarks.kernels --static`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    chunks: int = 1  # the epilogue takes the columns in so many parts
+    group: int = 16  # row tiles that share a strip of the weight
+    descriptors: bool = False  # the persistent kernel, where the tensors allow it
+    flatten: bool = False
+
+    def few_rows(self) -> Tile:
+        """The same tile with half the rows and half the warps."""
+        return dataclasses.replace(self, rows=self.rows // 2, warps=self.warps // 2)
+
+    def without_descriptors(self, stages: int) -> Tile:
+        return dataclasses.replace(self, descriptors=False, flatten=False, stages=stages)
+
+
+# architecture -> kind of head and precision -> tile. "half" is fp16 and bf16 inputs, "softcap" those with a
+# softcap (where its tile differs), "tf32" and "ieee" the two ways to multiply fp32.
+CONFIGS: dict[str, dict[str, Tile]] = {
+    "sm_80": {
+        "half": Tile(128, 256, 64, warps=8, stages=3, chunks=4),
+        "tf32": Tile(128, 128, 32, warps=8, stages=3, chunks=2),
+        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+    },
+    "sm_86": {
+        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
+        "tf32": Tile(128, 128, 32, warps=8, stages=2, chunks=2),
+        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+    },
+    "sm_89": {
+        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
+        "tf32": Tile(128, 128, 32, warps=8, stages=2, chunks=2),
+        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+    },
+    "sm_90": {
+        "half": Tile(128, 256, 64, warps=8, stages=4, chunks=4, descriptors=True, flatten=True),
+        "tf32": Tile(128, 128, 32, warps=8, stages=3, chunks=2),
+        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+    },
+    "sm_100": {
+        "half": Tile(128, 256, 64, warps=8, stages=3, descriptors=True),
+        "softcap": Tile(128, 128, 64, warps=8, stages=4, descriptors=True),
+        "tf32": Tile(128, 128, 32, warps=8, stages=3),
+        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+    },
+    "sm_120": {
+        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
+        "tf32": Tile(128, 128, 32, warps=8, stages=2, chunks=2),
+        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+    },
+    "gfx942": {
+        "half": Tile(128, 256, 64, warps=8, stages=2, chunks=4),
+        "ieee": Tile(128, 64, 32, warps=4, stages=2),
+    },
+    # No machine: shapes small enough that a test's few rows and columns make several tiles of each.
+    "interpreter": {
+        "half": Tile(16, 64, 16, warps=4, stages=2, chunks=2, group=2, descriptors=True, flatten=True),
+        "ieee": Tile(16, 64, 16, warps=4, stages=2, chunks=2, group=2),
+    },
+}
+
+FEW_ROWS = 64
+
+
+def supported_arch(arch: str) -> str | None:
+    """The table's architecture that serves `arch`: itself, or the nearest older one of its family."""
+    if arch in CONFIGS:
+        return arch
+    if match := re.fullmatch(r"sm_(\d+)", arch):
+        number = int(match[1])
+        older = [
+            known for known in CONFIGS
+            if known.startswith("sm_") and int(known[3:]) < number and int(known[3:]) // 10 == number // 10
+        ]  # fmt: skip
+        return max(older, key=lambda known: int(known[3:]), default=None)
+    return "gfx942" if arch.startswith("gfx95") else None
+
+
+def pick(arch: str, kind: str, softcap: bool) -> Tile:
+    """The tile for many rows; `Tile.few_rows` is the one for few."""
+    known = supported_arch(arch)
+    if known is None:
+        raise ValueError(f"arch should be one of {', '.join(CONFIGS)}, but is {arch}")
+    table = CONFIGS[known]
+    if softcap and kind == "half" and "softcap" in table:
+        kind = "softcap"
+    return table[kind if kind in table else "ieee"]

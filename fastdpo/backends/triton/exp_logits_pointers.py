@@ -1,0 +1,86 @@
+"""exp_logits through plain pointers: any strides and alignments, fp32, and GPUs without descriptors.
+
+One program per tile. Operations and bytes are those of `exp_logits_tma`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdpo.backends.triton.epilogue import (
+    add_sums,
+    column_chunks,
+    exponentials,
+    no_sums,
+    store_sums,
+)
+from fastdpo.backends.triton.language import product_tile, tile_position, times_slope
+
+
+@triton.heuristics(
+    {
+        "EVEN_V": lambda args: args["V"] % args["BLOCK_V"] == 0,
+        "EVEN_D": lambda args: args["D"] % args["BLOCK_D"] == 0,
+    }
+)
+@triton.jit(do_not_specialize=["N"])
+def exp_logits_pointers(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    out_ptr,  # [N, K] or None
+    labels_ptr,  # [N] int
+    anchor_ptr,  # [N] fp32
+    bias_ptr,  # [V] or None
+    partial_ptr,  # [P, T, N] fp32
+    hidden_stride,
+    weight_stride,
+    weight_depth_stride,
+    out_stride,
+    N,
+    V,
+    D,
+    K,
+    inner,
+    outer,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLLISION: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOP: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    row_tiles = tl.cdiv(N, BLOCK_M)
+    column_tiles = tl.cdiv(V, BLOCK_V)
+    row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+    CHUNK: tl.constexpr = BLOCK_V // CHUNKS
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    products = product_tile(
+        hidden_ptr, weight_ptr, hidden_stride, weight_stride, weight_depth_stride,
+        rows, column_tile * BLOCK_V + tl.arange(0, BLOCK_V), N, V, D, BLOCK_D, EVEN_V, EVEN_D, PRECISION,
+    )  # fmt: skip
+
+    mask = rows < N
+    label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
+    anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
+    sums = no_sums(BLOCK_M)
+    chunks = column_chunks(products, CHUNKS)
+    for c in tl.static_range(CHUNKS):
+        columns = column_tile * BLOCK_V + c * CHUNK + tl.arange(0, CHUNK)
+        e, shifted, t, factor = exponentials(
+            chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
+        )
+        sums = add_sums(sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP)
+        if out_ptr is not None:
+            place = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+            stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
+            tl.store(place, stored, mask=mask[:, None] & (columns < K)[None, :])
+    here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
+    quantity_stride = tl.cast(column_tiles, tl.int64) * N
+    store_sums(here, quantity_stride, mask, sums, ENTROPY, COLLISION, LOGITS, TOP)

@@ -1,0 +1,115 @@
+"""exp_logits again, for the rows that the first pass flagged: their maxima, then their exponentials anchored there.
+
+A label so unlikely that Σ exp(z − a − 40) leaves the range of fp32 must come out exact, and no one on the host may
+look at the flags to find out whether there is one. So these launches always happen, and their few programs
+read the N flags (N bytes each) and end; where a row is flagged they do its row tile's product again, twice over
+all: 4·BLOCK_M·V·D operations per such tile. Rows of the tile that are not flagged are computed and not stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdpo.backends.triton.epilogue import (
+    add_sums,
+    column_chunks,
+    exponentials,
+    no_sums,
+    store_sums,
+)
+from fastdpo.backends.triton.language import product_tile, times_slope
+
+_FLAGS_AT_ONCE = tl.constexpr(4096)
+
+
+@triton.jit
+def _any_raised(raised_ptr, N):
+    seen = tl.zeros((_FLAGS_AT_ONCE,), tl.int32)
+    for start in range(0, N, _FLAGS_AT_ONCE):
+        rows = start + tl.arange(0, _FLAGS_AT_ONCE)
+        seen |= tl.load(raised_ptr + rows, mask=rows < N, other=0).to(tl.int32)
+    return tl.max(seen, 0) > 0
+
+
+@triton.heuristics(
+    {
+        "EVEN_V": lambda args: args["V"] % args["BLOCK_V"] == 0,
+        "EVEN_D": lambda args: args["D"] % args["BLOCK_D"] == 0,
+    }
+)
+@triton.jit(do_not_specialize=["N"])
+def exp_logits_raised(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    out_ptr,  # [N, K] or None
+    labels_ptr,  # [N] int
+    anchor_ptr,  # [N] fp32: the maxima, when they are known
+    raised_ptr,  # [N] int8
+    bias_ptr,  # [V] or None
+    partial_ptr,  # [P, T, N] fp32
+    hidden_stride,
+    weight_stride,
+    weight_depth_stride,
+    out_stride,
+    N,
+    V,
+    D,
+    K,
+    inner,
+    outer,
+    MAXIMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLLISION: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOP: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    if not _any_raised(raised_ptr, N):
+        return
+    column_tiles = tl.cdiv(V, BLOCK_V)
+    quantity_stride = tl.cast(column_tiles, tl.int64) * N
+    CHUNK: tl.constexpr = BLOCK_V // CHUNKS
+    for row_start in range(0, N, BLOCK_M):
+        rows = row_start + tl.arange(0, BLOCK_M)
+        raised = tl.load(raised_ptr + rows, mask=rows < N, other=0).to(tl.int32) > 0
+        if tl.max(raised.to(tl.int32), 0) > 0:
+            label = tl.load(labels_ptr + rows, mask=raised, other=-1).to(tl.int32)
+            if MAXIMA:
+                anchor = tl.zeros((BLOCK_M,), tl.float32)
+            else:
+                anchor = tl.load(anchor_ptr + rows, mask=raised, other=0.0)
+            for column_tile in range(tl.program_id(0), column_tiles, tl.num_programs(0)):
+                start = column_tile * BLOCK_V
+                products = product_tile(
+                    hidden_ptr, weight_ptr, hidden_stride, weight_stride, weight_depth_stride,
+                    rows, start + tl.arange(0, BLOCK_V), N, V, D, BLOCK_D, EVEN_V, EVEN_D, PRECISION,
+                )  # fmt: skip
+                sums = no_sums(BLOCK_M)
+                chunks = column_chunks(products, CHUNKS)
+                for c in tl.static_range(CHUNKS):
+                    columns = start + c * CHUNK + tl.arange(0, CHUNK)
+                    e, shifted, t, factor = exponentials(
+                        chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
+                    )
+                    if MAXIMA:
+                        sums = add_sums(sums, e, shifted, t, factor, anchor, False, False, False, True)
+                    else:
+                        sums = add_sums(
+                            sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP
+                        )
+                        if out_ptr is not None:
+                            place = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+                            stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
+                            tl.store(place, stored, mask=raised[:, None] & (columns < K)[None, :])
+                here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
+                if MAXIMA:
+                    tl.store(here, sums[4], mask=raised)
+                else:
+                    store_sums(here, quantity_stride, raised, sums, ENTROPY, COLLISION, LOGITS, TOP)

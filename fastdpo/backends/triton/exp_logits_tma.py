@@ -1,0 +1,87 @@
+"""exp_logits where the hardware has a tensor memory accelerator: persistent, fed by descriptors.
+
+One program per processor walks over tiles of [BLOCK_M, BLOCK_V]; with FLATTEN the loop over tiles and the loop over
+D are one, so that the copies of the next tile's operands run under this tile's epilogue.
+
+Operations 2·N·V·D on the tensor cores and about 7·N·V in the epilogue, on other units: 5 % of the product's time at
+D = 4096 on an H100, since 128 × 256 exponentials take 2,048 of a tile's 65,536 cycles. Bytes, for 16-bit inputs:
+hidden 2·N·D and weight 2·V·D·⌈N / (GROUP · BLOCK_M)⌉ read from memory (a group's rows stay in L2), E 2·N·K written, and
+4·N·⌈V / BLOCK_V⌉ for each quantity summed: E's store is 2 / (2·D) of a byte per operation, hidden by any D ≥ 1024.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdpo.backends.triton.epilogue import (
+    add_sums,
+    column_chunks,
+    exponentials,
+    no_sums,
+    store_sums,
+)
+from fastdpo.backends.triton.language import multiply_add, tile_position, times_slope
+
+
+@triton.heuristics({"EVEN_V": lambda args: args["V"] % args["BLOCK_V"] == 0})
+@triton.jit(do_not_specialize=["N"])
+def exp_logits_tma(
+    hidden,  # descriptor of [N, D], blocks [BLOCK_M, BLOCK_D]
+    weight,  # descriptor of [V, D], blocks [BLOCK_V, BLOCK_D]
+    out,  # descriptor of [N, K], blocks [BLOCK_M, BLOCK_V / CHUNKS], or None
+    labels_ptr,  # [N] int
+    anchor_ptr,  # [N] fp32
+    bias_ptr,  # [V] or None
+    partial_ptr,  # [P, T, N] fp32
+    N,
+    V,
+    D,
+    inner,
+    outer,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLLISION: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOP: tl.constexpr,
+    EVEN_V: tl.constexpr,
+):
+    row_tiles = tl.cdiv(N, BLOCK_M)
+    column_tiles = tl.cdiv(V, BLOCK_V)
+    depth_tiles = tl.cdiv(D, BLOCK_D)
+    # Without this the flattened loop is compiled twice, once for D = 0, and spills.
+    tl.assume(depth_tiles > 0)
+    CHUNK: tl.constexpr = BLOCK_V // CHUNKS
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN
+    ):
+        row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
+        products = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+        for d in range(0, depth_tiles):
+            a = hidden.load([row_tile * BLOCK_M, d * BLOCK_D])
+            b = weight.load([column_tile * BLOCK_V, d * BLOCK_D])
+            products = multiply_add(a, b.T, products, "ieee")
+
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = rows < N
+        label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
+        anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
+        sums = no_sums(BLOCK_M)
+        chunks = column_chunks(products, CHUNKS)
+        for c in tl.static_range(CHUNKS):
+            start = column_tile * BLOCK_V + c * CHUNK
+            columns = start + tl.arange(0, CHUNK)
+            e, shifted, t, factor = exponentials(
+                chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
+            )
+            sums = add_sums(sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP)
+            if out is not None:
+                out.store([row_tile * BLOCK_M, start], times_slope(e, t, outer).to(out.dtype))
+        here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
+        quantity_stride = tl.cast(column_tiles, tl.int64) * N
+        store_sums(here, quantity_stride, mask, sums, ENTROPY, COLLISION, LOGITS, TOP)

@@ -1,0 +1,145 @@
+"""What the kernels share: exponentials, the head's transform of a logit, a dot, the order of tiles.
+
+Every product followed by a sum is an explicit fma, and launches turn the compiler's own contraction off: a
+sum must not change to the bit because the exponentials are also stored, or because a statistic is asked for.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_cuda
+
+# The interpreter carries bf16 as 16-bit integers: its arithmetic needs a cast that compiled code must not have.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# |x| below which tanh is a polynomial; above it (1 − q) / (1 + q) loses no more than an ulp or two.
+_TANH_NEAR = tl.constexpr(0.3)
+
+
+@triton.jit
+def exponential(x):
+    """e^x of an fp32 tile. On NVIDIA the hardware's own 2^x (2 ulp), results below 2^-126 flushed to zero.
+
+    Keeping subnormal results costs a compare and two multiplications per element, half an epilogue, for
+    probabilities below e^-87 of the anchor's.
+    """
+    if INTERPRETED:
+        return tl.exp(x)
+    elif is_cuda():
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * _LOG2_E], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    """tanh of an fp32 tile, relative error below 1e-6, from one exponential of a negative number.
+
+    With q = e^(−2|x|), |tanh| = (1 − q) / (1 + q). That cancels near zero, where the Taylor series up to x⁹
+    takes over; its remainder at 0.3 is 6e-8 relative.
+    """
+    size = tl.abs(x)
+    q = exponential(-2.0 * size)
+    far = (1.0 - q) / (1.0 + q)
+    square = x * x
+    series = tl.fma(square, 0.021869488536155203, -0.05396825396825397)
+    series = tl.fma(series, square, 0.13333333333333333)
+    series = tl.fma(series, square, -0.3333333333333333)
+    near = tl.fma(series * square, x, x)
+    return tl.where(size < _TANH_NEAR, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def head_curve(
+    u,  # fp32, any shape: hidden · weightᵀ + bias
+    inner,  # gain without a softcap, scale / softcap with one
+    outer,  # None without a softcap, softcap / temperature with one
+):
+    """t and factor, with z = t · factor the final logit."""
+    if outer is None:
+        return u, inner
+    else:
+        return hyperbolic_tangent(u * inner), outer
+
+
+@triton.jit
+def times_slope(
+    e,  # fp32, any shape
+    t,  # from `head_curve`
+    outer,
+):
+    """e times the softcap's derivative 1 − t², which is 1 without one."""
+    if outer is None:
+        return e
+    else:
+        return e * tl.fma(-t, t, 1.0)
+
+
+@triton.jit
+def multiply_add(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a [M, K] · b [K, N], products summed in fp32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Tile number -> (row tile, column tile), GROUP row tiles at a time.
+
+    Programs that run together then share GROUP row tiles of hidden, which stay in L2, and a narrow
+    strip of the weight, which is read from memory once per group of rows.
+    """
+    first = (tile // (GROUP * column_tiles)) * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    within = tile % (GROUP * column_tiles)
+    return first + within % height, within // height
+
+
+@triton.jit
+def product_tile(
+    hidden_ptr,  # [N, D], rows contiguous
+    weight_ptr,  # [V, D], any strides
+    hidden_stride,
+    weight_stride,
+    weight_depth_stride,
+    rows,  # [M]
+    columns,  # [C]
+    N,
+    V,
+    D,
+    BLOCK_D: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """hidden[rows] · weight[columns]ᵀ [M, C] in fp32, through plain pointers; 0 in columns beyond V.
+
+    Rows beyond N repeat the last one (their results are never stored), which saves a mask per load.
+    """
+    depth = tl.arange(0, BLOCK_D)
+    row = tl.minimum(rows, N - 1).to(tl.int64)
+    hidden = hidden_ptr + row[:, None] * hidden_stride + depth[None, :]
+    weight = weight_ptr + columns.to(tl.int64)[None, :] * weight_stride
+    weight += depth.to(tl.int64)[:, None] * weight_depth_stride
+    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if EVEN_D:
+            a = tl.load(hidden)
+            if EVEN_V:
+                b = tl.load(weight)
+            else:
+                b = tl.load(weight, mask=(columns < V)[None, :], other=0.0)
+        else:
+            inside = start + depth < D
+            a = tl.load(hidden, mask=inside[None, :], other=0.0)
+            b = tl.load(weight, mask=inside[:, None] & (columns < V)[None, :], other=0.0)
+        products = multiply_add(a, b, products, PRECISION)
+        hidden += BLOCK_D
+        weight += BLOCK_D * weight_depth_stride
+    return products

@@ -1,0 +1,193 @@
+"""The primitives as `torch.library` ops in the namespace `fastdpo_triton`: opaque to torch.compile, and known to it.
+
+A `Head` travels as (weight, bias, scale, softcap, temperature), the statistics as one comma-separated string. Ops
+return new tensors and write only what they declare, so that opcheck passes; the functions of the contract
+(`fastdpo.backends.triton`) are thin wrappers around these.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fastdpo.backends.triton import exp_logits as _exp_logits
+from fastdpo.backends.triton import row_launches
+from fastdpo.backends.triton.autotune import tuned_tile
+from fastdpo.backends.triton.launch import run, target_of
+from fastdpo.head import Head
+
+# torch.library reads these annotations, and understands Optional on every version of Python that we support.
+
+
+@torch.library.custom_op("fastdpo_triton::target_logits", mutates_args=())
+def target_logits(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Optional[Tensor],  # [V]
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    labels: Tensor,  # [N]
+) -> Tensor:  # [N] fp32
+    logits = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    if logits.numel():
+        head = Head(weight, bias, scale, softcap, temperature)
+        run([row_launches.target_logits(hidden, head, labels, logits)], hidden.device)
+    return logits
+
+
+@target_logits.register_fake
+def _(hidden, weight, bias, scale, softcap, temperature, labels):
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("fastdpo_triton::exp_logits", mutates_args=("out",))
+def exp_logits(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Optional[Tensor],  # [V]
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    labels: Tensor,  # [N]
+    anchor: Tensor,  # [N] fp32
+    fixed_anchor: bool,
+    out: Optional[Tensor],  # [N, K]
+    label_entry: Optional[Tensor],  # [N] fp32
+    stats: str,
+) -> tuple[Tensor, Tensor]:  # [N], [1 + len(stats), N]
+    """(anchor used, the sums in the order of `ExpSums`); with a fixed anchor the first is empty."""
+    asked = tuple(filter(None, stats.split(",")))
+    if hidden.shape[0] == 0:
+        return _exp_logits_fake(
+            hidden, weight, bias, scale, softcap, temperature, labels, anchor, fixed_anchor, out, label_entry, stats
+        )
+    head = Head(weight, bias, scale, softcap, temperature)
+    launches = []
+    label_logits = None
+    if "mean_logits" in asked:
+        label_logits = torch.empty_like(anchor)
+        launches.append(row_launches.target_logits(hidden, head, labels, label_logits))
+    target = target_of(hidden)
+    tile = tuned_tile(hidden, head, labels, anchor, out, target)
+    plan = _exp_logits.plan(
+        hidden, head, labels, anchor, fixed_anchor, out, label_entry, asked, label_logits, target, tile
+    )
+    run(launches + plan.launches, hidden.device)
+    return anchor.new_empty(0) if fixed_anchor else plan.anchor, plan.sums
+
+
+@exp_logits.register_fake
+def _exp_logits_fake(
+    hidden, weight, bias, scale, softcap, temperature, labels, anchor, fixed_anchor, out, label_entry, stats
+):
+    rows = hidden.shape[0]
+    quantities = 1 + len(list(filter(None, stats.split(","))))
+    return anchor.new_empty(0 if fixed_anchor else rows), anchor.new_empty(quantities, rows)
+
+
+@torch.library.custom_op("fastdpo_triton::logits_logps", mutates_args=())
+def logits_logps(
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # [N], [N] fp32
+    logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    lse = torch.empty_like(logps)
+    if logps.numel():
+        head = Head(logits, None, scale, softcap, temperature)  # the weight is not read
+        run([row_launches.logits_logps(logits, labels, head, logps, lse)], logits.device)
+    return logps, lse
+
+
+@logits_logps.register_fake
+def _(logits, labels, scale, softcap, temperature):
+    logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return logps, torch.empty_like(logps)
+
+
+@torch.library.custom_op("fastdpo_triton::logits_logps_backward", mutates_args=("out",))
+def logits_logps_backward(
+    grad_logps: Tensor,  # [N]
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N] fp32
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    out: Tensor,  # [N, V]
+) -> None:
+    _backward(grad_logps, logits, labels, lse, scale, softcap, temperature, out)
+
+
+@logits_logps_backward.register_fake
+def _(grad_logps, logits, labels, lse, scale, softcap, temperature, out):
+    return None
+
+
+@torch.library.custom_op("fastdpo_triton::logits_logps_backward_", mutates_args=("logits",))
+def logits_logps_backward_(
+    grad_logps: Tensor,  # [N]
+    logits: Tensor,  # [N, V], becomes its own gradient
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N] fp32
+    scale: float,
+    softcap: Optional[float],
+    temperature: float,
+) -> None:
+    """In place. An op of its own, since an op's mutated argument may not be another argument's storage."""
+    _backward(grad_logps, logits, labels, lse, scale, softcap, temperature, logits)
+
+
+@logits_logps_backward_.register_fake
+def _(grad_logps, logits, labels, lse, scale, softcap, temperature):
+    return None
+
+
+def _backward(
+    grad_logps: Tensor,  # [N], any stride
+    logits: Tensor,  # [N, V]
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    out: Tensor,  # [N, V]
+) -> None:
+    if not out.numel():
+        return
+    head = Head(logits, None, scale, softcap, temperature)
+    grad = grad_logps.to(torch.float32).contiguous()  # N numbers, perhaps expanded from one
+    run([row_launches.logits_logps_backward(grad, logits, labels, lse, head, out)], out.device)
+
+
+@torch.library.custom_op("fastdpo_triton::sequence_loss", mutates_args=())
+def sequence_loss(
+    logps: Tensor,  # [N]
+    offsets: Tensor,  # [2B + 1]
+    ref_logps: Tensor,  # [2B]
+    beta: float,
+    label_smoothing: float,
+    average: bool,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [2B], [2B], [2B]
+    sums = torch.empty_like(ref_logps, dtype=logps.dtype)
+    rewards, coefficients = torch.empty_like(sums), torch.empty_like(sums)
+    if sums.numel() == 0:
+        return logps.new_zeros(()), sums, rewards, coefficients
+    loss = logps.new_empty(())
+    launch = row_launches.sequence_loss(
+        logps, offsets, ref_logps, beta, label_smoothing, average, interleaved, loss, sums, rewards, coefficients
+    )
+    run([launch], logps.device)
+    return loss, sums, rewards, coefficients
+
+
+@sequence_loss.register_fake
+def _(logps, offsets, ref_logps, beta, label_smoothing, average, interleaved):
+    sums = torch.empty_like(ref_logps, dtype=logps.dtype)
+    return logps.new_empty(()), sums, torch.empty_like(sums), torch.empty_like(sums)

@@ -1,0 +1,69 @@
+"""The partial sums of every vocabulary tile -> one number per row, in a fixed order; flags; the label's entry of E.
+
+Bytes: 4·P·T·N read, where T = ⌈V / BLOCK_V⌉ is 501 for a vocabulary of 128,256: 0.8 % of E's bytes per quantity. A
+row's order of additions depends on T alone, so neither on N nor on its place in the batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_RAISE_ABOVE = tl.constexpr(485165195.4097903)  # fastdpo.backends.RAISE_ABOVE; a test compares them
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def reduce_sums(
+    partial_ptr,  # [P, T, N] fp32
+    sums_ptr,  # [P, N] fp32
+    raised_ptr,  # [N] int8 or None
+    anchor_ptr,  # [N] fp32, copied to new_anchor, or None
+    new_anchor_ptr,  # [N] fp32 or None
+    label_logit_ptr,  # [N] fp32: what to take from the sum of logits (0 where the label is elsewhere), or None
+    entry_ptr,  # [N] fp32 or None
+    labels_ptr,  # [N] int
+    out_ptr,  # [N, K] or None
+    out_stride,
+    K,
+    N,
+    T,
+    QUANTITIES: tl.constexpr,
+    LOGITS_AT: tl.constexpr,  # which quantity is Σ z, or -1
+    TOP_AT: tl.constexpr,  # which quantity is a maximum, or -1
+    AGAIN: tl.constexpr,  # only the rows that are flagged, rather than flagging them
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = rows < N
+    if AGAIN:
+        mask = tl.load(raised_ptr + rows, mask=mask, other=0).to(tl.int32) > 0
+        if tl.max(mask.to(tl.int32), 0) == 0:
+            return
+    for q in tl.static_range(QUANTITIES):
+        if q == TOP_AT:
+            result = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        else:
+            result = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, T, BLOCK_T):
+            tiles = start + tl.arange(0, BLOCK_T)
+            place = partial_ptr + (tiles.to(tl.int64) + q * tl.cast(T, tl.int64))[:, None] * N + rows[None, :]
+            inside = (tiles < T)[:, None] & mask[None, :]
+            if q == TOP_AT:
+                part = tl.load(place, mask=inside, other=float("-inf"))
+                result = tl.maximum(result, tl.max(part, 0))
+            else:
+                result += tl.sum(tl.load(place, mask=inside, other=0.0), 0)
+        if q == LOGITS_AT:
+            result -= tl.load(label_logit_ptr + rows, mask=mask, other=0.0)
+        tl.store(sums_ptr + tl.cast(q, tl.int64) * N + rows, result, mask=mask)
+        if (q == 0) and (raised_ptr is not None) and not AGAIN:
+            # Written so that NaN and inf are flagged too.
+            tl.store(raised_ptr + rows, tl.where(result <= _RAISE_ABOVE, 0, 1).to(tl.int8), mask=mask)
+    if anchor_ptr is not None:
+        tl.store(new_anchor_ptr + rows, tl.load(anchor_ptr + rows, mask=mask), mask=mask)
+    if entry_ptr is not None:
+        label = tl.load(labels_ptr + rows, mask=mask, other=-1)
+        entry = tl.load(entry_ptr + rows, mask=mask, other=0.0).to(out_ptr.dtype.element_ty)
+        place = out_ptr + rows.to(tl.int64) * out_stride + label
+        tl.store(place, entry, mask=mask & (label >= 0) & (label < K))
