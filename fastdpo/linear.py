@@ -272,7 +272,7 @@ def backward_pass(
 
     grad_weight = torch.empty_like(head.weight) if needs.weight else None
     grad_bias = torch.empty_like(head.bias) if needs.bias else None
-    grad_x = _HiddenGradient(x, complete=kept is not None and kept.columns == head.vocab_size)
+    grad_x, grad_rows = _HiddenGradient(x, coefficients), None
 
     for start, stop, e in _column_blocks(x, cast, rows.labels, plan, state, kept):
         if grad_weight is not None:
@@ -284,10 +284,14 @@ def backward_pass(
                 part.copy_(product if size is None else product * size)
         if grad_bias is not None:
             grad_bias[start:stop] = _column_sums(e, coefficients)
-        if needs.hidden:
-            grad_x.add(e, cast.weight[start:stop], coefficients)
-    grad_rows = grad_x.value.to(hidden.dtype) if needs.hidden else None
-    return None if grad_rows is None else rows.scatter(grad_rows), grad_weight, grad_bias
+        if needs.hidden and stop - start == head.vocab_size:
+            grad_rows = grad_x.whole(e, cast.weight)
+        elif needs.hidden:
+            grad_x.add(e, cast.weight[start:stop])
+    if needs.hidden:
+        grad_rows = grad_x.finish() if grad_rows is None else grad_rows
+        grad_rows = rows.scatter(grad_rows.to(hidden.dtype))
+    return grad_rows, grad_weight, grad_bias
 
 
 def _column_blocks(x, head, labels, plan, state, kept):
@@ -327,26 +331,33 @@ def _column_blocks(x, head, labels, plan, state, kept):
 
 
 class _HiddenGradient:
-    """Σ over column blocks of diag(coefficients) · E · weight, each complete or summed in the
-    accumulate dtype.
-    """
+    """diag(coefficients) · Σ E · weight over blocks of columns, summed in the accumulate dtype."""
 
-    def __init__(self, x: Tensor, complete: bool):
-        self._block, self._complete = x, complete
-        self.value: Tensor | None = None  # [N, D]
+    def __init__(self, x: Tensor, coefficients: Tensor):
+        self._x, self._coefficients = x, coefficients.unsqueeze(1)
+        self._sum: Tensor | None = None  # [N, D]
 
-    def add(self, e: Tensor, weight: Tensor, coefficients: Tensor) -> None:
-        if self.value is None:
-            dtype = self._block.dtype if self._complete else coefficients.dtype
-            self.value = self._block.new_zeros(self._block.shape, dtype=dtype)
-        block = row_block(weight.shape[0], self._block)
+    def whole(self, e: Tensor, weight: Tensor) -> Tensor:
+        """The gradient [N, D] from all columns at once: no sum remains, and no fp32 copy of it."""
+        if not _widens(e):
+            return _product(e, weight).mul_(self._coefficients)
+        value, block = torch.empty_like(self._x), row_block(weight.shape[0], self._x)
         for start in range(0, e.shape[0], block):
             rows = slice(start, start + block)
-            scale = coefficients[rows].unsqueeze(1)
-            if self._complete:
-                self.value[rows] = _product(e[rows], weight) * scale
-            else:
-                self.value[rows] += _wide_product(e[rows], weight) * scale
+            value[rows] = _product(e[rows], weight) * self._coefficients[rows]
+        return value
+
+    def add(self, e: Tensor, weight: Tensor) -> None:
+        if self._sum is None:
+            self._sum = self._x.new_zeros(self._x.shape, dtype=self._coefficients.dtype)
+        if e.dtype == self._sum.dtype:
+            self._sum.addmm_(e, weight)
+        else:
+            self._sum += _wide_product(e, weight)
+
+    def finish(self) -> Tensor:
+        assert self._sum is not None
+        return self._sum.mul_(self._coefficients)
 
 
 def operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tensor, Head]:
@@ -436,20 +447,21 @@ def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b where the sum is complete: accumulated in fp32 inside the product, rounded once at
-    most.
-    """
-    if a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return _wide_product(a, b) if a.dtype == torch.float16 else torch.mm(a, b)
+    """a · b where the sum is complete: accumulated in fp32 inside, rounded once at most."""
+    return _wide_product(a, b) if _widens(a) or a.dtype == torch.float16 else torch.mm(a, b)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a · b in the accumulate dtype, for products that are summed further."""
     dtype = accumulate_dtype(a.dtype)
-    if a.dtype != dtype and a.is_cuda:
+    if _widens(a):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def _widens(a: Tensor) -> bool:
+    """Whether the matrix product itself can return 16-bit operands' fp32 sums."""
+    return a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
 
 
 def _column_sums(e: Tensor, coefficients: Tensor) -> Tensor:
