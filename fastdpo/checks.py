@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,11 +18,12 @@ from fastdpo import rows
 from fastdpo.backends import select
 from fastdpo.head import Head
 from fastdpo.linear import STATS
+from fastdpo.objectives import ResolvedObjective
 
 PAIRS = ("concatenated", "interleaved")
 
 
-def fail(argument: str, should: str, got: object) -> None:
+def fail(argument: str, should: str, got: object) -> NoReturn:
     raise ValueError(f"{argument} should be {should}, got {got}")
 
 
@@ -34,13 +36,9 @@ def is_tensor(argument: str, value: object) -> None:
         fail(argument, "a torch.Tensor", type(value).__name__)
 
 
-def is_number(argument: str, value: object, *, positive: bool = False) -> None:
-    ok = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -math.inf < value < math.inf
-    )
-    if not ok or (positive and value <= 0) or value == 0:
+def is_number(argument: str, value: float, *, positive: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 if positive else -math.inf) < value < math.inf or value == 0:
         fail(
             argument,
             "a positive number" if positive else "a finite number other than 0",
@@ -48,7 +46,7 @@ def is_number(argument: str, value: object, *, positive: bool = False) -> None:
         )
 
 
-def head(
+def lm_head(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -200,7 +198,7 @@ def pairs(value: str) -> str:
     return value
 
 
-def cu_seqlens(
+def boundaries(
     value: Tensor,  # [S + 1]
     total: int,
     like: Tensor,
@@ -223,7 +221,91 @@ def cu_seqlens(
     return value
 
 
-def _fail_label(value: Tensor, ignore_index: int, vocab_size: int) -> None:
+def batch_shape(hidden: Tensor, cu_seqlens: Tensor | None) -> torch.Size:
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            fail("hidden", "of shape [2B, T, D], or [N, D] with cu_seqlens", shape(hidden))
+    else:
+        if hidden.dim() != 2:
+            fail("hidden", "of shape [N, D] with cu_seqlens", shape(hidden))
+        boundaries(cu_seqlens, hidden.shape[0], hidden)
+    return hidden.shape[:-1]
+
+
+def reference_head(
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    hidden: Tensor,
+    head: Head,
+) -> Head | None:
+    """The reference's head, or None where there is no reference or its log-probabilities are
+    given.
+    """
+    if ref_hidden is None:
+        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                fail(name, "given only with ref_hidden", "it alone")
+        return None
+    if ref_logps is not None:
+        fail("ref_logps", "None where ref_hidden is given: one kind of reference", "both")
+    if ref_weight is None:
+        if ref_bias is not None:
+            fail("ref_bias", "given only with ref_weight", "it alone")
+        ref_weight, ref_bias = head.weight, head.bias
+    ref_head = lm_head(
+        ref_hidden,
+        ref_weight,
+        ref_bias,
+        logit_scale=head.scale,
+        softcap=head.softcap,
+        temperature=head.temperature,
+        prefix="ref_",
+    )
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        fail("ref_hidden", f"of shape {[*hidden.shape[:-1], 'D']}", shape(ref_hidden))
+    if ref_head.vocab_size != head.vocab_size:
+        fail("ref_weight", f"of shape [{head.vocab_size}, D]", shape(ref_weight))
+    if ref_hidden.device != hidden.device:
+        fail("ref_hidden", f"on hidden's device {hidden.device}", ref_hidden.device)
+    return ref_head
+
+
+def sequence_count(
+    count: int,
+    resolved: ResolvedObjective,
+    device: torch.device,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    if count % resolved.num_candidates:
+        name = "labels" if cu_seqlens is None else "cu_seqlens"
+        group = "pairs" if resolved.layout == "pairs" else f"groups of {resolved.num_candidates}"
+        fail(name, f"of a number of sequences that makes whole {group}", f"{count} sequences")
+    resolved.check(count, device)
+
+
+def reference_logps(
+    ref_logps: Tensor | None,
+    labels: Tensor,
+    count: int,
+) -> bool:
+    """Whether ref_logps is per token."""
+    if ref_logps is None:
+        return False
+    is_tensor("ref_logps", ref_logps)
+    if not ref_logps.is_floating_point():
+        fail("ref_logps", "of a floating-point dtype", ref_logps.dtype)
+    if ref_logps.device != labels.device:
+        fail("ref_logps", f"on hidden's device {labels.device}", ref_logps.device)
+    if ref_logps.shape == (count,):
+        return False
+    if ref_logps.shape != labels.shape:
+        fail("ref_logps", f"of shape [{count}] or {shape(labels)}", shape(ref_logps))
+    return True
+
+
+def _fail_label(value: Tensor, ignore_index: int, vocab_size: int) -> NoReturn:
     bad = (value != ignore_index) & ((value < 0) | (value >= vocab_size))
     fail(
         "labels",

@@ -193,7 +193,8 @@ def _backward(
             kept,
             product[:n] if product.numel() else None,
         )
-    return tuple(hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    x, w, b = (hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return x, w, b
 
 
 @_backward.register_fake

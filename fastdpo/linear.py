@@ -210,11 +210,10 @@ def forward_pass(
     kept = product = scratch = None
     if ready and needs.head:
         columns = columns_kept(n, vocab, x, plan.workspace_bytes)
-        if columns:
-            buffer = padded_empty(n, columns, x) if storage is None else None
-            if buffer is None:
-                buffer = cleared(padded_view(storage, n, columns))
-            kept = Kept(buffer, columns)
+        if columns and storage is None:
+            kept = Kept(padded_empty(n, columns, x), columns)
+        elif columns and storage is not None:
+            kept = Kept(cleared(padded_view(storage, n, columns)), columns)
     elif ready and needs.hidden:
         product = torch.empty_like(x)
         scratch = padded_empty(min(block, n), vocab, x)
@@ -271,11 +270,12 @@ def backward_pass(
     scaled = (x * small.unsqueeze(1)).to(x.dtype) if needs.weight else None  # [N, D]
 
     grad_weight = torch.empty_like(head.weight) if needs.weight else None
-    grad_bias = torch.empty_like(head.bias) if needs.bias else None
-    grad_x, grad_rows = _HiddenGradient(x, coefficients), None
+    grad_bias = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
+    grad_x = _HiddenGradient(x, coefficients)
+    grad_rows: Tensor | None = None
 
     for start, stop, e in _column_blocks(x, cast, rows.labels, plan, state, kept):
-        if grad_weight is not None:
+        if grad_weight is not None and scaled is not None:
             part = grad_weight[start:stop]
             if size is None and part.dtype == e.dtype:
                 torch.mm(e.t(), scaled, out=part)
@@ -417,24 +417,25 @@ def _statistic(
     name: str, x: Tensor, head: Head, state: RowState, sums: ExpSums, logps: Tensor
 ) -> Tensor:
     delta = state.anchor - state.target
-    if name == "entropy":
+    if name == "entropy" and sums.entropy is not None:
         # −Σ p log p with every logit taken from the label's (near) or from the anchor (far): no
         # large numbers cancel.
         near = -logps - state.inverse * (sums.entropy + delta * state.sum)
         far = -torch.log(state.inverse) - state.inverse * (sums.entropy - delta * torch.exp(-delta))
         return torch.where(delta <= _FAR, near, far).clamp_min_(0.0)
-    if name == "log_sum_sq_probs":
+    if name == "log_sum_sq_probs" and sums.collision is not None:
         own = torch.exp(2.0 * (COLLISION_SHIFT - delta))
         return (
             torch.log(sums.collision + own) - 2.0 * COLLISION_SHIFT + 2.0 * torch.log(state.inverse)
         )
     if name == "mean_logits":
-        if head.softcap is not None:
+        if sums.logits is not None:  # asked for where there is a softcap
             return (sums.logits + state.target) / head.vocab_size
         mean = head.weight.mean(0, dtype=logps.dtype)
         u = x.to(logps.dtype) @ mean
         return head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
-    return state.target >= sums.top  # is_top1
+    assert name == "is_top1" and sums.top is not None
+    return state.target >= sums.top
 
 
 def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
@@ -443,7 +444,9 @@ def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
     if not parts:
         empty = like.new_empty(0)
         return ExpSums(empty, empty, empty, empty, empty, empty)
-    return ExpSums(*(None if p[0] is None else torch.cat(p) for p in zip(*parts, strict=True)))
+    anchors, totals, *stats = zip(*parts, strict=True)
+    joined = (None if s[0] is None else torch.cat(s) for s in stats)
+    return ExpSums(torch.cat(anchors), torch.cat(totals), *joined)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

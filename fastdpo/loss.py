@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo import checks, compiled, linear, objectives, rows, sequences
-from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
 from fastdpo.logits import token_logps as _token_logps_of_logits
+from fastdpo.preference import chosen_nll, mean_logits, segments_of, sequence_objective
 
 __all__ = [
     "FusedLinearDPOLoss",
@@ -130,15 +130,14 @@ def linear_logps(
             outside [0, V) that is not `ignore_index`, or an option outside its range.
         fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
     """
-    head = checks.head(
+    head = checks.lm_head(
         hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
     )
     labels = checks.labels(labels, hidden.shape[:-1], hidden)
     plan = _plan(hidden, stats, workspace_bytes, backend)
     carrying = _rows(labels, ignore_index, head, row_index)
     tokens = _token_logps(hidden, head, carrying, plan)
-    fields = (None if t is None else carrying.scatter(t).view(labels.shape) for t in tokens)
-    result = LinearLogps(*fields)
+    result = _at_labels(tokens, carrying, labels)
     return result if plan.stats else result.logps
 
 
@@ -215,12 +214,12 @@ def linear_dpo_loss(
         ValueError: naming the argument, before anything is computed.
         fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
     """
-    head = checks.head(
+    head = checks.lm_head(
         hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
     )
     pairs = checks.pairs(pairs)
-    labels = checks.labels(labels, _batch_shape(hidden, cu_seqlens), hidden)
-    ref_head = _reference_head(ref_logps, ref_hidden, ref_weight, ref_bias, hidden, head)
+    labels = checks.labels(labels, checks.batch_shape(hidden, cu_seqlens), hidden)
+    ref_head = checks.reference_head(ref_logps, ref_hidden, ref_weight, ref_bias, hidden, head)
     has_reference = ref_logps is not None or ref_head is not None
     resolved = objectives.resolve(
         objective,
@@ -230,8 +229,8 @@ def linear_dpo_loss(
         options=objective_options,
     )
     count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    _check_count(count, resolved, hidden.device, cu_seqlens)
-    per_token_reference = _check_ref_logps(ref_logps, labels, count)
+    checks.sequence_count(count, resolved, hidden.device, cu_seqlens)
+    per_token_reference = checks.reference_logps(ref_logps, labels, count)
     wanted = checks.stats(stats)
     if resolved.wpo and "log_sum_sq_probs" not in wanted:
         wanted = (*wanted, "log_sum_sq_probs")
@@ -239,24 +238,23 @@ def linear_dpo_loss(
     carrying = _rows(labels, ignore_index, head, row_index)
 
     tokens = _token_logps(hidden, head, carrying, plan)
-    segments = _segments(labels, ignore_index, cu_seqlens, row_index)
-    if ref_head is not None:
+    segments = segments_of(labels, ignore_index, cu_seqlens, row_index)
+    if ref_head is not None and ref_hidden is not None:
         ref_plan = _plan(ref_hidden, (), workspace_bytes, backend)
         with torch.no_grad():
             ref_tokens = _token_logps(ref_hidden, ref_head, carrying, ref_plan).logps
-    elif per_token_reference:
+    elif per_token_reference and ref_logps is not None:
         ref_tokens = carrying.gather(ref_logps.detach().flatten()).to(tokens.logps.dtype)
     else:
         ref_tokens = None
-    output = _sequence_objective(
-        tokens, ref_tokens, ref_logps, segments, resolved, average_log_prob, pairs, plan.backend
+    output = LinearDPOOutput(
+        *sequence_objective(
+            tokens, ref_tokens, ref_logps, segments, resolved, average_log_prob, pairs, plan.backend
+        )
     )
     if not stats:
         return output
-    logged = (
-        None if t is None else carrying.scatter(t.detach()).view(labels.shape) for t in tokens
-    )
-    return LinearDPOStats(*output, LinearLogps(*logged))
+    return LinearDPOStats(*output, _at_labels(tokens, carrying, labels, detach=True))
 
 
 def get_batch_logps(
@@ -446,21 +444,23 @@ class FusedLinearDPOLoss(torch.nn.Module):
         resolved = self._resolve()
         if not self.use_ref_model:
             ref_input = ref_weight = ref_bias = None
-        head = checks.head(_input, lin_weight, bias, logit_scale=1.0, softcap=None, temperature=1.0)
-        labels = checks.labels(target, _batch_shape(_input, None), _input, of="_input")
-        ref_head = _reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
-        _check_count(labels.shape[0], resolved, _input.device)
+        head = checks.lm_head(
+            _input, lin_weight, bias, logit_scale=1.0, softcap=None, temperature=1.0
+        )
+        labels = checks.labels(target, checks.batch_shape(_input, None), _input, of="_input")
+        ref_head = checks.reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
+        checks.sequence_count(labels.shape[0], resolved, _input.device)
         plan = _plan(_input, (), None, None)
         carrying = _rows(labels, self.ignore_index, head, None)
 
         tokens = _token_logps(_input, head, carrying, plan)
         ref_tokens = None
-        if ref_head is not None:
+        if ref_head is not None and ref_input is not None:
             with torch.no_grad():
                 ref_plan = _plan(ref_input, (), None, None)
                 ref_tokens = _token_logps(ref_input, ref_head, carrying, ref_plan).logps
-        segments = _segments(labels, self.ignore_index, None, None)
-        output = _sequence_objective(
+        segments = segments_of(labels, self.ignore_index, None, None)
+        output = sequence_objective(
             tokens,
             ref_tokens,
             None,
@@ -472,9 +472,9 @@ class FusedLinearDPOLoss(torch.nn.Module):
         )
         loss, nll = output.loss, output.loss.new_zeros(())
         if self.compute_nll_loss:
-            nll = _chosen_nll(tokens.logps, segments, "concatenated")
+            nll = chosen_nll(tokens.logps, segments, "concatenated")
             loss = loss + self.alpha * nll
-        means = [_mean_logits(half, head) for half in _input.detach().chunk(2)]
+        means = [mean_logits(half, head) for half in _input.detach().chunk(2)]
         return loss, (
             output.chosen_logps.detach(),
             output.rejected_logps.detach(),
@@ -496,96 +496,6 @@ def _plan(
     )
 
 
-def _batch_shape(hidden: Tensor, cu_seqlens: Tensor | None) -> torch.Size:
-    if cu_seqlens is None:
-        if hidden.dim() != 3:
-            checks.fail(
-                "hidden", "of shape [2B, T, D], or [N, D] with cu_seqlens", checks.shape(hidden)
-            )
-    else:
-        if hidden.dim() != 2:
-            checks.fail("hidden", "of shape [N, D] with cu_seqlens", checks.shape(hidden))
-        checks.cu_seqlens(cu_seqlens, hidden.shape[0], hidden)
-    return hidden.shape[:-1]
-
-
-def _reference_head(
-    ref_logps: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-    hidden: Tensor,
-    head: Head,
-) -> Head | None:
-    """The reference's head, or None where there is no reference or its log-probabilities are
-    given.
-    """
-    if ref_hidden is None:
-        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-            if value is not None:
-                checks.fail(name, "given only with ref_hidden", "it alone")
-        return None
-    if ref_logps is not None:
-        checks.fail("ref_logps", "None where ref_hidden is given: one kind of reference", "both")
-    if ref_weight is None:
-        if ref_bias is not None:
-            checks.fail("ref_bias", "given only with ref_weight", "it alone")
-        ref_weight, ref_bias = head.weight, head.bias
-    ref_head = checks.head(
-        ref_hidden,
-        ref_weight,
-        ref_bias,
-        logit_scale=head.scale,
-        softcap=head.softcap,
-        temperature=head.temperature,
-        prefix="ref_",
-    )
-    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
-        checks.fail("ref_hidden", f"of shape {[*hidden.shape[:-1], 'D']}", checks.shape(ref_hidden))
-    if ref_head.vocab_size != head.vocab_size:
-        checks.fail("ref_weight", f"of shape [{head.vocab_size}, D]", checks.shape(ref_weight))
-    if ref_hidden.device != hidden.device:
-        checks.fail("ref_hidden", f"on hidden's device {hidden.device}", ref_hidden.device)
-    return ref_head
-
-
-def _check_count(
-    count: int,
-    resolved: objectives.ResolvedObjective,
-    device: torch.device,
-    cu_seqlens: Tensor | None = None,
-) -> None:
-    if count % resolved.num_candidates:
-        name = "labels" if cu_seqlens is None else "cu_seqlens"
-        group = "pairs" if resolved.layout == "pairs" else f"groups of {resolved.num_candidates}"
-        checks.fail(
-            name, f"of a number of sequences that makes whole {group}", f"{count} sequences"
-        )
-    resolved.check(count, device)
-
-
-def _check_ref_logps(
-    ref_logps: Tensor | None,
-    labels: Tensor,
-    count: int,
-) -> bool:
-    """Whether ref_logps is per token."""
-    if ref_logps is None:
-        return False
-    checks.is_tensor("ref_logps", ref_logps)
-    if not ref_logps.is_floating_point():
-        checks.fail("ref_logps", "of a floating-point dtype", ref_logps.dtype)
-    if ref_logps.device != labels.device:
-        checks.fail("ref_logps", f"on hidden's device {labels.device}", ref_logps.device)
-    if ref_logps.shape == (count,):
-        return False
-    if ref_logps.shape != labels.shape:
-        checks.fail(
-            "ref_logps", f"of shape [{count}] or {checks.shape(labels)}", checks.shape(ref_logps)
-        )
-    return True
-
-
 def _rows(
     labels: Tensor, ignore_index: int, head: Head, row_index: Tensor | None
 ) -> rows.Rows | compiled.DeferredRows:
@@ -595,6 +505,21 @@ def _rows(
     return checks.label_rows(labels.flatten(), ignore_index, head.vocab_size, row_index)
 
 
+def _at_labels(
+    tokens: linear.TokenLogps,
+    carrying: rows.Rows | compiled.DeferredRows,
+    labels: Tensor,
+    detach: bool = False,
+) -> LinearLogps:
+    """Rows back to where their labels are."""
+
+    def back(t: Tensor) -> Tensor:
+        return carrying.scatter(t.detach() if detach else t).view(labels.shape)
+
+    logps, *stats = tokens
+    return LinearLogps(back(logps), *(None if t is None else back(t) for t in stats))
+
+
 def _token_logps(
     hidden: Tensor, head: Head, carrying: rows.Rows | compiled.DeferredRows, plan: linear.Plan
 ) -> linear.TokenLogps:
@@ -602,110 +527,3 @@ def _token_logps(
     if isinstance(carrying, compiled.DeferredRows):
         return compiled.token_logps(flat, head, carrying, plan)
     return linear.token_logps(flat, head, carrying, plan)
-
-
-def _segments(
-    labels: Tensor,  # [S, T] or [M]
-    ignore_index: int,
-    cu_seqlens: Tensor | None,  # [S + 1]
-    row_index: Tensor | None,  # [N]
-) -> sequences.Segments:
-    """Which of the rows that `_token_logps` gives belong to which sequence."""
-    carries = labels != ignore_index
-    if row_index is not None:
-        carries = torch.zeros_like(carries).flatten().index_fill(0, row_index, True)
-        carries = carries.view(labels.shape)
-    if cu_seqlens is None:
-        lengths = rows.lengths_padded(carries)
-        positions = torch.full_like(lengths, labels.shape[1])
-    else:
-        lengths = rows.lengths_packed(carries, cu_seqlens)
-        positions = cu_seqlens.long().diff()
-    if torch.compiler.is_compiling():
-        return sequences.Segments(positions, lengths, carries.flatten())
-    return sequences.Segments(lengths, lengths)
-
-
-def _sequence_objective(
-    tokens: linear.TokenLogps,
-    ref_tokens: Tensor | None,  # [N]
-    ref_logps: Tensor | None,  # [S], where ref_tokens is None
-    segments: sequences.Segments,
-    resolved: objectives.ResolvedObjective,
-    average: bool,
-    pairs: str,
-    backend: str | None,
-) -> LinearDPOOutput:
-    """Per-token log-probabilities of the rows that carry loss to the loss."""
-    logps = tokens.logps
-    if resolved.ld_alpha is not None:
-        sequence, position = segments.positions(logps.shape[0])
-        weights = objectives.ld_token_weights(
-            segments.lengths, position, sequence, resolved.ld_alpha, pairs=pairs, dtype=logps.dtype
-        )
-        logps = logps * weights
-        ref_tokens = None if ref_tokens is None else ref_tokens * weights
-    if ref_tokens is not None:
-        ref_logps = sequences.sequence_sums(ref_tokens, segments.rows)
-        ref_logps = segments.average(ref_logps) if average else ref_logps
-    elif ref_logps is not None:
-        ref_logps = ref_logps.detach().to(logps.dtype)
-    if resolved.fused_sigmoid and segments.carries is None:
-        loss, sums, rewards = sequences.sigmoid_loss(
-            logps,
-            segments.lengths,
-            ref_logps,
-            beta=resolved.beta,
-            label_smoothing=resolved.label_smoothing,
-            average=average,
-            pairs=pairs,
-            backend=backend,
-        )
-        return LinearDPOOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
-    sums = sequences.sequence_sums(logps, segments.rows)
-    weights = None
-    if resolved.wpo:
-        weights = objectives.wpo_weights(
-            tokens.logps,
-            tokens.log_sum_sq_probs,
-            sequences.offsets_of(segments.rows),
-            segments.lengths,
-        )
-    output = resolved(
-        objectives.SequenceLogps(
-            logps=segments.average(sums) if average else sums,
-            ref_logps=ref_logps,
-            lengths=segments.lengths,
-            weights=weights,
-            nll=_chosen_nll(tokens.logps, segments, pairs) if resolved.needs_nll else None,
-            pairs=pairs,
-        )
-    )
-    return LinearDPOOutput(*output)
-
-
-def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B], [B]
-    if pairs == "concatenated":
-        half = values.shape[0] // 2
-        return values[:half], values[half:]
-    return values[::2], values[1::2]
-
-
-def _chosen_nll(
-    logps: Tensor,  # [N]
-    segments: sequences.Segments,
-    pairs: str,
-) -> Tensor:  # []
-    """The mean negative log-likelihood of the chosen answers' tokens; 0 where there are none."""
-    chosen, _ = _split(sequences.sequence_sums(logps, segments.rows), pairs)
-    tokens, _ = _split(segments.lengths, pairs)
-    return -chosen.sum() / tokens.sum().clamp(min=1)
-
-
-@torch.no_grad()
-def _mean_logits(hidden: Tensor, head: Head) -> Tensor:  # [B, T, D] -> []
-    """The mean logit over positions and vocabulary, from the means of its two factors."""
-    dtype = accumulate_dtype(hidden.dtype)
-    mean_hidden = hidden.reshape(-1, hidden.shape[-1]).mean(0, dtype=dtype)
-    mean = mean_hidden @ head.weight.detach().mean(0, dtype=dtype)
-    return mean if head.bias is None else mean + head.bias.detach().mean(dtype=dtype)

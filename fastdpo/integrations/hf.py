@@ -216,7 +216,7 @@ def dpo_loss(
         output.chosen_rewards,
         output.rejected_rewards,
         captured.aux_loss,
-        _at_tokens(output.tokens) if stats else None,
+        _at_tokens(output.tokens) if isinstance(output, core.LinearDPOStats) else None,
     )
 
 

@@ -19,6 +19,7 @@ from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
 from fastdpo.integrations.capture import capture
 from fastdpo.integrations.hf import captured_logps
 from fastdpo.integrations.unwrap import causal_lm, peft_model
+from fastdpo.loss import LinearLogps
 
 __all__ = ["use_fastdpo"]
 
@@ -92,10 +93,11 @@ def _answer(lm: nn.Module, *, stats: tuple[str, ...], **options: Any) -> None:
         captured = capture(self, *args, forward=previous, **kwargs)
         shifted = shift_labels(labels)
         tokens = captured_logps(captured, shifted, stats=stats, **options)
-        fields = tokens._asdict() if stats else {"logps": tokens}
+        if isinstance(tokens, Tensor):
+            tokens = LinearLogps(tokens)
         # TRL's columns are the positions that predict: all but the last.
-        columns = {k: None if v is None else v[:, :-1] for k, v in fields.items()}
-        logps = columns.pop("logps")
+        columns = {k: None if v is None else v[:, :-1] for k, v in tokens._asdict().items()}
+        logps: Tensor = columns.pop("logps")
         mask = shifted[:, :-1].to(logps.device) != IGNORE_INDEX
         return FusedCausalLMOutput(
             loss=-logps.sum() / mask.sum().clamp(min=1),

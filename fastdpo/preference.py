@@ -1,0 +1,120 @@
+"""From the log-probabilities of a batch's tokens to its preference loss.
+
+Between `fastdpo.linear`, which knows rows, and `fastdpo.objectives`, which know sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdpo import linear, objectives, rows, sequences
+from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.head import Head
+
+
+def segments_of(
+    labels: Tensor,  # [S, T] or [M]
+    ignore_index: int,
+    cu_seqlens: Tensor | None,  # [S + 1]
+    row_index: Tensor | None,  # [N]
+) -> sequences.Segments:
+    """Which rows belong to which sequence."""
+    carries = labels != ignore_index
+    if row_index is not None:
+        carries = torch.zeros_like(carries).flatten().index_fill(0, row_index, True)
+        carries = carries.view(labels.shape)
+    if cu_seqlens is None:
+        lengths = rows.lengths_padded(carries)
+        positions = torch.full_like(lengths, labels.shape[1])
+    else:
+        lengths = rows.lengths_packed(carries, cu_seqlens)
+        positions = cu_seqlens.long().diff()
+    if torch.compiler.is_compiling():
+        return sequences.Segments(positions, lengths, carries.flatten())
+    return sequences.Segments(lengths, lengths)
+
+
+def sequence_objective(
+    tokens: linear.TokenLogps,
+    ref_tokens: Tensor | None,  # [N]
+    ref_logps: Tensor | None,  # [S], where ref_tokens is None
+    segments: sequences.Segments,
+    resolved: objectives.ResolvedObjective,
+    average: bool,
+    pairs: str,
+    backend: str | None,
+) -> objectives.ObjectiveOutput:
+    """Per-token log-probabilities of the rows that carry loss to the loss."""
+    logps = tokens.logps
+    if resolved.ld_alpha is not None:
+        sequence, position = segments.positions(logps.shape[0])
+        shared = objectives.ld_token_weights(
+            segments.lengths, position, sequence, resolved.ld_alpha, pairs=pairs, dtype=logps.dtype
+        )
+        logps = logps * shared
+        ref_tokens = None if ref_tokens is None else ref_tokens * shared
+    if ref_tokens is not None:
+        ref_logps = sequences.sequence_sums(ref_tokens, segments.rows)
+        ref_logps = segments.average(ref_logps) if average else ref_logps
+    elif ref_logps is not None:
+        ref_logps = ref_logps.detach().to(logps.dtype)
+    if resolved.fused_sigmoid and segments.carries is None:
+        loss, sums, rewards = sequences.sigmoid_loss(
+            logps,
+            segments.lengths,
+            ref_logps,
+            beta=resolved.beta,
+            label_smoothing=resolved.label_smoothing,
+            average=average,
+            pairs=pairs,
+            backend=backend,
+        )
+        return objectives.ObjectiveOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
+    sums = sequences.sequence_sums(logps, segments.rows)
+    weights = None
+    if resolved.wpo:
+        assert tokens.log_sum_sq_probs is not None  # the caller asked for them
+        weights = objectives.wpo_weights(
+            tokens.logps,
+            tokens.log_sum_sq_probs,
+            sequences.offsets_of(segments.rows),
+            segments.lengths,
+        )
+    return resolved(
+        objectives.SequenceLogps(
+            logps=segments.average(sums) if average else sums,
+            ref_logps=ref_logps,
+            lengths=segments.lengths,
+            weights=weights,
+            nll=chosen_nll(tokens.logps, segments, pairs) if resolved.needs_nll else None,
+            pairs=pairs,
+        )
+    )
+
+
+def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B], [B]
+    if pairs == "concatenated":
+        half = values.shape[0] // 2
+        return values[:half], values[half:]
+    return values[::2], values[1::2]
+
+
+def chosen_nll(
+    logps: Tensor,  # [N]
+    segments: sequences.Segments,
+    pairs: str,
+) -> Tensor:  # []
+    """The mean negative log-likelihood of the chosen answers' tokens; 0 where there are none."""
+    chosen, _ = _split(sequences.sequence_sums(logps, segments.rows), pairs)
+    tokens, _ = _split(segments.lengths, pairs)
+    return -chosen.sum() / tokens.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def mean_logits(hidden: Tensor, head: Head) -> Tensor:  # [B, T, D] -> []
+    """The mean logit over positions and vocabulary, from the means of its two factors."""
+    dtype = accumulate_dtype(hidden.dtype)
+    mean_hidden = hidden.reshape(-1, hidden.shape[-1]).mean(0, dtype=dtype)
+    mean = mean_hidden @ head.weight.detach().mean(0, dtype=dtype)
+    return mean if head.bias is None else mean + head.bias.detach().mean(dtype=dtype)
