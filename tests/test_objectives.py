@@ -288,6 +288,17 @@ def test_orpo_at_certain_answers() -> None:
     assert 0 <= good < 1e-3 < 1 < bad < 100
 
 
+@pytest.mark.parametrize("average", [-1e-5, -1e-3, -0.5, -0.7, -5.0, -15.0])
+def test_orpo_odds_are_accurate_in_fp32(average: float) -> None:
+    """Near a = 0 a direct 1 − e^a keeps few of fp32's digits."""
+    resolved = build("orpo", {})
+    even = -math.log(2.0)  # odds of 1
+    logps = 5 * torch.tensor([even, average])
+    got = resolved(batch(resolved, logps, nll=torch.tensor(0.0))).loss.item()
+    log_odds = average - math.log(-math.expm1(average))
+    assert got == pytest.approx(0.3 * math.log1p(math.exp(log_odds)), rel=2e-6)
+
+
 def test_f_divergences_agree_where_they_meet() -> None:
     """The α-divergence is the forward KL at α = 0 and the reverse KL at α = 1."""
     logps = torch.tensor([-3.0, -1.0, -2.0, -4.0], dtype=torch.float64)
@@ -372,11 +383,11 @@ def test_wpo_multiplies_each_pair_by_its_two_weights(pairs: str) -> None:
 
 
 def test_wpo_weights() -> None:
-    offsets = torch.tensor([0, 2, 2, 5])
-    logps = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.25], requires_grad=True)
-    log_sum_sq_probs = torch.tensor([-0.5, -1.0, -0.2, -2.0, -0.1])
+    offsets = torch.tensor([0, 2, 2, 5, 6])
+    logps = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.25, -0.75], requires_grad=True)
+    log_sum_sq_probs = torch.tensor([-0.5, -1.0, -0.2, -2.0, -0.1, -1.0])
     weights = wpo_weights(logps, log_sum_sq_probs, offsets)
-    expected = [math.exp((-0.5 - 1.0) / 2), 1.0, math.exp((-0.3 - 1.0 - 0.15) / 3)]
+    expected = [math.exp((-0.5 - 1.0) / 2), 1.0, math.exp((-0.3 - 1.0 - 0.15) / 3), math.exp(0.25)]
     assert weights.tolist() == pytest.approx(expected)
     assert not weights.requires_grad
     assert wpo_weights(logps[:0], logps[:0], torch.tensor([0, 0, 0])).tolist() == [1.0, 1.0]
@@ -621,6 +632,16 @@ def test_options_out_of_range(name: str, option: str, values: list[object]) -> N
 def test_required_options(name: str, option: str) -> None:
     options = {key: value for key, value in CASES[name][0][0].items() if key != option}
     refuses(f"{name} needs the option {option}", name, options=options)
+
+
+def test_who_takes_the_common_options() -> None:
+    takers = {name: set(option.takers()) for name, option in COMMON_OPTIONS.items()}
+    divergent = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+    assert takers["f_divergence"] == takers["f_alpha_divergence_coef"] == divergent
+    pairs = set(OBJECTIVES) - {"kto", "bco", "plackett_luce"}
+    assert takers["sft_weight"] == takers["rpo_alpha"] == takers["ld_alpha"] == pairs
+    assert takers["use_weighting"] == pairs - {"aot", "aot_unpaired"}
+    assert takers["loss_weights"] == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
