@@ -187,8 +187,11 @@ def workspace_bytes(value: int | None) -> int | None:
 
 
 def backend(value: str | None) -> str | None:
-    if value is not None and value not in ("auto", *select.NAMES):
-        fail("backend", f"None or one of {['auto', *select.NAMES]}", repr(value))
+    known = ("auto", *select.NAMES)
+    if value is not None and value not in known:
+        fail("backend", f"None or one of {list(known)}", repr(value))
+    if value is None and select.requested(None) not in known:
+        fail(select.ENVIRONMENT_VARIABLE, f"one of {list(known)}", repr(select.requested(None)))
     return value
 
 

@@ -8,6 +8,7 @@ device and dtype.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -58,7 +59,7 @@ def primitive(name: str, like: torch.Tensor, backend: str | None = None) -> Modu
     """
     choice = requested(backend)
     if choice != "auto":
-        ok, reason = _serves(choice, name, like)
+        ok, reason = _serves(choice, name, like.device, like.dtype)
         if ok:
             return _module(choice)
         if choice == "cuda" and "does not implement" in reason:
@@ -68,23 +69,29 @@ def primitive(name: str, like: torch.Tensor, backend: str | None = None) -> Modu
         raise BackendUnavailable(f"backend {choice!r} cannot run {name}: {reason}")
     if like.is_cuda:
         for candidate in PREFERENCE[name]:
-            if _serves(candidate, name, like)[0]:
+            if _serves(candidate, name, like.device, like.dtype)[0]:
                 return _module(candidate)
     return _module("torch")
 
 
-def _serves(backend: str, name: str, like: torch.Tensor) -> tuple[bool, str]:
+@functools.cache
+def _serves(backend: str, name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    # Remembered, as it is asked several times a step and what a machine has does not change.
     available, reason = _available(backend)
     if not available:
         return False, reason
     module = _module(backend)
     if name not in module.PRIMITIVES:
         return False, f"the {backend} backend does not implement it"
-    return module.supports(like.device, like.dtype)
+    return module.supports(device, dtype)
 
 
 def _available(backend: str) -> tuple[bool, str]:
-    return _module(backend).available()
+    try:
+        module = _module(backend)
+    except ImportError as error:  # triton is no dependency
+        return False, str(error)
+    return module.available()
 
 
 def _module(backend: str) -> ModuleType:
