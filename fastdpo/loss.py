@@ -373,6 +373,7 @@ class FusedLinearDPOLoss(torch.nn.Module):
         compiled, chunk_size: tune Liger's internals; accepted, and there is nothing here for them
             to tune.
         use_ref_model: whether the reference's hidden states and weight are given to `forward`.
+            Where they are not, its log-probabilities are taken as 0, as in Liger.
         average_log_prob: divide each sequence's log-probability by its number of tokens.
         loss_type: the objective's name.
         label_smoothing: for the objectives that define it.
@@ -410,12 +411,18 @@ class FusedLinearDPOLoss(torch.nn.Module):
         self.discopop_tau = discopop_tau
         self._resolve()
 
+    @property
+    def _zero_reference(self) -> bool:
+        """Whether, as in Liger, log-probabilities of 0 stand in for a reference that is needed."""
+        entry = objectives.OBJECTIVES.get(self.loss_type)
+        return not self.use_ref_model and entry is not None and entry.reference == "required"
+
     def _resolve(self) -> objectives.ResolvedObjective:
         return objectives.resolve(
             self.loss_type,
             beta=self.beta,
             label_smoothing=self.label_smoothing,
-            has_reference=self.use_ref_model,
+            has_reference=self.use_ref_model or self._zero_reference,
             options={"discopop_tau": self.discopop_tau} if self.loss_type == "discopop" else {},
         )
 
@@ -459,6 +466,8 @@ class FusedLinearDPOLoss(torch.nn.Module):
             with torch.no_grad():
                 ref_plan = _plan(ref_input, (), None, None)
                 ref_tokens = _token_logps(ref_input, ref_head, carrying, ref_plan).logps
+        elif self._zero_reference:
+            ref_tokens = torch.zeros_like(tokens.logps)
         segments = segments_of(labels, self.ignore_index, None, None)
         output = sequence_objective(
             tokens,

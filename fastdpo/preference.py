@@ -89,6 +89,7 @@ def sequence_objective(
             weights=weights,
             nll=chosen_nll(tokens.logps, segments, pairs) if resolved.needs_nll else None,
             pairs=pairs,
+            averaged=average,
         )
     )
 

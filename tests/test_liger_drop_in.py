@@ -69,6 +69,7 @@ def test_every_loss_type(loss_type, bias):
         {"compute_nll_loss": True, "alpha": 0.7},
         {"average_log_prob": True},
         {"use_ref_model": False},
+        {"use_ref_model": False, "loss_type": "apo_zero"},
         {"ignore_index": 5},
         {"discopop_tau": 0.2, "loss_type": "discopop"},
         {"chunk_size": 2, "compiled": False},

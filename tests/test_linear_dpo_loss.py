@@ -261,6 +261,19 @@ def test_every_objective_matches_autograd_through_eager_logps(name):
         torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["simpo", "orpo", "sigmoid_norm"])
+def test_objectives_that_average_do_not_average_twice(name):
+    hidden, weight, labels, ref_hidden, ref_weight = batch(torch.float64)
+    ref = {"ref_hidden": ref_hidden, "ref_weight": ref_weight} if name == "sigmoid_norm" else {}
+    a, b = (
+        linear_dpo_loss(
+            hidden, weight, labels, objective=name, beta=2.0, average_log_prob=average, **ref
+        ).loss
+        for average in (False, True)
+    )
+    torch.testing.assert_close(a, b)
+
+
 def test_wpo_and_ld_weights_reach_the_loss():
     hidden, weight, labels, ref_hidden, ref_weight = batch(torch.float64)
     ref = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
