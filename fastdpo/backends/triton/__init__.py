@@ -26,7 +26,6 @@ from fastdpo.head import Head
 __all__ = [
     "PRIMITIVES",
     "available",
-    "e_row_stride",
     "exp_logits",
     "logits_logps",
     "logits_logps_backward",
@@ -53,23 +52,13 @@ def available() -> tuple[bool, str]:
     return True, f"{torch.cuda.get_device_name()} ({arch})"
 
 
-def supports(dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether hidden states, weights and logits may have this dtype, and why not."""
-    if dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return True, ""
-    return False, f"the kernels accumulate in fp32; {dtype} needs another backend"
-
-
-def e_row_stride(
-    columns: int,  # K
-    dtype: torch.dtype,  # of E
-) -> int:
-    """Elements between the rows of an E [N, K]: K, up to the next multiple of 128 bytes.
-
-    Descriptors need 16 bytes, cuBLAS is fastest with 16, and rows that start at a cache line are stored in whole lines.
-    """
-    line = 128 // dtype.itemsize
-    return -(-columns // line) * line
+def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether tensors may lie on this device and have this dtype, and why not."""
+    if device.type != "cuda" and not interpreted():
+        return False, f"the kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 is not set)"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False, f"the kernels accumulate in fp32; {dtype} needs another backend"
+    return True, f"{dtype} on {device.type}"
 
 
 def target_logits(

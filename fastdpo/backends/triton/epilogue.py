@@ -12,14 +12,17 @@ only. Whatever is asked for, the chunks and the order of the sums are the same.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
+from fastdpo.backends import COLLISION_SHIFT
 from fastdpo.backends.triton.language import exponential, head_curve
 
 _NO_LOGIT = tl.constexpr(float("-inf"))
 _LEAST = tl.constexpr(-3.4028234663852886e38)
-_COLLISION_FACTOR = tl.constexpr(65659969.13733051)  # e^COLLISION_SHIFT
+_COLLISION_FACTOR = tl.constexpr(math.exp(COLLISION_SHIFT))
 
 
 @triton.jit

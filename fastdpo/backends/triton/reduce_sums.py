@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_RAISE_ABOVE = tl.constexpr(485165195.4097903)  # fastdpo.backends.RAISE_ABOVE; a test compares them
+from fastdpo.backends import RAISE_ABOVE
+
+_RAISE_ABOVE = tl.constexpr(RAISE_ABOVE)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
