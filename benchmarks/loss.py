@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--time-limit", type=float, help="seconds after which nothing is begun")
     made.add_argument("--no-memory", action="store_true", help="measure time alone")
     made.add_argument("--device", type=torch.device, default=default_device())
-    made.add_argument("--out", type=Path, help="write OUT.json and plots OUT-*.png")
+    made.add_argument("--out", type=Path, help="write OUT.json, OUT.png and OUT-tokens.png")
     return made
 
 
@@ -129,8 +129,7 @@ def main() -> None:
     if args.out:
         documents.save(doc, args.out.with_suffix(".json"))
         if doc["kind"] == "loss":
-            plots.multiples(doc, args.out.with_name(args.out.stem + "-multiples.png"))
-            plots.against_tokens(doc, args.out.with_name(args.out.stem + "-tokens.png"))
+            plots.loss(doc, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import torch
 from benchmarks import documents, plots, tables
 from benchmarks.environment import default_device, describe, environment
 from benchmarks.measure import Deadline, quantiles
-from benchmarks.memory import MALLOC_SETTINGS
 from benchmarks.training import data, loops, models
 
 WARMUP_STEPS = 2
@@ -40,12 +39,11 @@ def run_loop(name: str, request: dict[str, Any], timeout: float | None) -> dict[
     reason = loops.absent(name)
     if reason:
         return {**row, "status": "absent", "reason": reason}
-    malloc = MALLOC_SETTINGS if request["device"] == "cpu" else {}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.training.worker", json.dumps(request)],
             cwd=Path(__file__).resolve().parent.parent,
-            env={**os.environ, **malloc, "TOKENIZERS_PARALLELISM": "false"},
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -15,6 +15,8 @@ from benchmarks.providers import Provider
 from benchmarks.scenarios import Scenario
 
 console = Console()
+if not console.is_terminal:
+    console = Console(width=160)  # a file or a pipe: wide enough for every column
 
 
 @contextmanager

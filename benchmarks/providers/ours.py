@@ -27,6 +27,8 @@ class FastDPO(Provider):
             return None
         if self.backend != "torch" and device.type != "cuda":
             return "its kernels need a GPU (an interpreter would be no timing)"
+        if device.type != "cuda":
+            return "on a CPU it is what fastdpo chooses by itself"
         like = torch.empty(0, device=device, dtype=torch.bfloat16)
         try:
             select.primitive("exp_logits", like, self.backend)

@@ -173,7 +173,8 @@ def _as_text(example: dict[str, list[int]]) -> dict[str, str]:
 
 def _tokenizer(vocab: int) -> Any:
     """One word per token id."""
-    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": data.PAD, "<eos>": data.EOS}
@@ -202,6 +203,6 @@ def absent(name: str) -> str | None:
     """Why a loop cannot run here; None where it can."""
     if name == "trl-fastdpo":
         return "fastdpo has no adapter for TRL's trainer"
-    needed = {"trl": ("trl", "datasets", "tokenizers")}.get(name, ()) + ("transformers",)
+    needed = ("transformers", *(("trl", "datasets", "tokenizers") if name == "trl" else ()))
     gone = [module for module in needed if importlib.util.find_spec(module) is None]
     return f"not installed: {', '.join(gone)}" if gone else None

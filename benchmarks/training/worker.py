@@ -1,4 +1,4 @@
-"""One loop in a process of its own: its allocator, its peak memory, its caches are nobody else's."""
+"""One loop in a process of its own, so that allocator, peak memory and caches are its own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import MALLOC_SETTINGS
 from benchmarks.training import data, models
 from benchmarks.training.loops import LOOPS, Job
-
-__all__ = ["MALLOC_SETTINGS", "run"]
 
 
 def run(request: dict) -> dict:

@@ -1,0 +1,104 @@
+"""python -m benchmarks.report: the README's section from benchmarks/results/*.json.
+
+    python -m benchmarks.report            print the section
+    python -m benchmarks.report --write    write it between the README's markers
+    python -m benchmarks.report --check    exit with 1 where the README says anything else
+    python -m benchmarks.report --plots    draw the plots again from the JSON
+
+Every figure comes from the documents; a peer that is faster or smaller than fastdpo is named under
+the table. Files are told apart by their name: gpu-*.json and cpu-*.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import documents, plots, sections
+from benchmarks.documents import RESULTS
+
+README = RESULTS.parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+DRAW = {
+    "loss": plots.loss,
+    "workspace": plots.workspace,
+    "accuracy": plots.accuracy,
+    "step": plots.losses,
+}
+
+
+def render(docs: dict[str, dict[str, Any]], folder: Path = RESULTS) -> str:
+    """The section's markdown, GPU figures first."""
+    parts = []
+    on_gpu = {k: d for k, d in docs.items() if d["environment"]["device"] == "cuda"}
+    on_cpu = {k: d for k, d in docs.items() if k not in on_gpu}
+    if not on_gpu:
+        parts.append(
+            "GPU figures are still to be measured: `benchmarks/gpu.sh OUT` measures them in ten "
+            "minutes."
+        )
+    for title, group in (("On a GPU", on_gpu), ("On a CPU", on_cpu)):
+        if not group:
+            continue
+        parts.append(f"### {title}")
+        for name, doc in group.items():
+            parts.append(sections.RENDER[doc["kind"]](doc))
+            plot = folder / f"{name}.png"
+            if plot.exists():
+                parts.append(f"![{doc['title']}](benchmarks/results/{plot.name})")
+    return "\n\n".join(parts)
+
+
+def section_of(text: str) -> str | None:
+    """What stands between the markers; None without them."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        return None
+    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+
+
+def with_section(text: str, section: str) -> str:
+    """`text` with `section` between its markers.
+
+    Raises:
+        ValueError: where the text does not hold each marker once, in order.
+    """
+    if section_of(text) is None:
+        raise ValueError(f"the README should hold {BEGIN} and {END} once each, in this order")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
+
+
+def draw(docs: dict[str, dict[str, Any]], folder: Path) -> None:
+    for name, doc in docs.items():
+        if doc["kind"] in DRAW:
+            DRAW[doc["kind"]](doc, folder / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON documents")
+    parser.add_argument("--readme", type=Path, default=README)
+    action = parser.add_mutually_exclusive_group()
+    for flag in ("--write", "--check", "--plots"):
+        action.add_argument(flag, action="store_true")
+    args = parser.parse_args()
+    docs = documents.load_all(args.results)
+    if args.plots:
+        draw(docs, args.results)
+        return
+    section = render(docs, args.results)
+    if args.write:
+        args.readme.write_text(with_section(args.readme.read_text(), section))
+    elif args.check:
+        if section_of(args.readme.read_text()) != section:
+            sys.exit("the README's figures are not those of benchmarks/results: run --write")
+    else:
+        print(section)
+
+
+if __name__ == "__main__":
+    main()
