@@ -277,7 +277,7 @@ def test_fewer_columns_kept_than_there_are(dtype, k):
     hidden, head, labels = inputs(dtype)
     entry = -torch.rand(N, device=DEVICE)
     pad = -k % 64
-    got, out = check(
+    _, out = check(
         hidden, head, labels, triton.target_logits(hidden, head, labels), k=k, pad=pad, entry=entry
     )
     rows = (labels < k).nonzero().squeeze(1)
