@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import math
 
-import math
-
 import triton
 import triton.language as tl
 
-from fastdpo.backends import COLLISION_SHIFT
 from fastdpo.backends import COLLISION_SHIFT
 from fastdpo.backends.triton.language import exponential, head_curve
 

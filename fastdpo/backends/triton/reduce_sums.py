@@ -11,8 +11,6 @@ import triton.language as tl
 
 from fastdpo.backends import RAISE_ABOVE
 
-from fastdpo.backends import RAISE_ABOVE
-
 _RAISE_ABOVE = tl.constexpr(RAISE_ABOVE)
 
 
