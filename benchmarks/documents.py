@@ -67,6 +67,21 @@ def load(path: Path) -> dict[str, Any]:
     return doc
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the scenarios of `new` added, or replaced where it has them.
+
+    Raises:
+        ValueError: where kind, hardware, versions or commit differ: one document, one origin.
+    """
+    same = ("hardware", "packages", "commit")
+    differ = [key for key in same if old["environment"][key] != new["environment"][key]]
+    if old["kind"] != new["kind"] or differ:
+        raise ValueError(f"documents should agree in kind, {', '.join(same)}, got another {differ}")
+    measured = {r["scenario"]["name"] for r in new["results"]}
+    kept = [r for r in old["results"] if r["scenario"]["name"] not in measured]
+    return {**new, "results": kept + new["results"]}
+
+
 def load_all(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Every document of a folder, by file name without suffix."""
     return {p.stem: load(p) for p in sorted(folder.glob("*.json"))}

@@ -25,7 +25,7 @@ from benchmarks.scenarios import DTYPES, HEADS, REFERENCES, SUITES, TRAINS, Scen
 
 _PROTOCOLS = {
     "cuda": Protocol(warmup=3, min_rounds=5, max_rounds=50, seconds=1.0),
-    "cpu": Protocol(warmup=1, min_rounds=3, max_rounds=15, seconds=3.0),
+    "cpu": Protocol(warmup=1, min_rounds=5, max_rounds=9, seconds=1.5),
 }
 
 
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-memory", action="store_true", help="measure time alone")
     made.add_argument("--device", type=torch.device, default=default_device())
     made.add_argument("--out", type=Path, help="write OUT.json, OUT.png and OUT-tokens.png")
+    made.add_argument("--append", action="store_true", help="add to OUT.json, of the same machine")
     return made
 
 
@@ -127,7 +128,10 @@ def main() -> None:
     except ValueError as error:
         parser().error(str(error))
     if args.out:
-        documents.save(doc, args.out.with_suffix(".json"))
+        path = args.out.with_suffix(".json")
+        if args.append and path.exists():
+            doc = documents.merged(documents.load(path), doc)
+        documents.save(doc, path)
         if doc["kind"] == "loss":
             plots.loss(doc, args.out.with_suffix(".png"))
 

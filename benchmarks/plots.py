@@ -65,12 +65,6 @@ def loss(doc: dict[str, Any], path: Path) -> None:
     against_tokens(doc, path.with_name(f"{path.stem}-tokens{path.suffix}"))
 
 
-def loss(doc: dict[str, Any], path: Path) -> None:
-    """PATH: bars of the multiples of the floor; PATH-tokens: time and memory against tokens."""
-    multiples(doc, path)
-    against_tokens(doc, path.with_name(f"{path.stem}-tokens{path.suffix}"))
-
-
 def multiples(doc: dict[str, Any], path: Path) -> None:
     """Bars of time over the floor, one panel per scenario; 1 is the bare products."""
     panels = _by_scenario(doc)

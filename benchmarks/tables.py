@@ -101,7 +101,7 @@ def loss(scenario: Scenario, rows: list[dict[str, Any]]) -> None:
             if r.get("units", scenario.units) > scenario.units:
                 cells[6] = "with its reference's forward"
         else:
-            cells[6] = f"{r['status']}: {r['reason']}"
+            cells[6] = f"{r['status']}: {r['reason'].split(';')[0]}"
         table.add_row(*cells, style="bold" if r["provider"] == "fastdpo" else None)
     console.print(table)
 
