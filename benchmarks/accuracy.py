@@ -146,12 +146,13 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+")
     parser.add_argument("--time-limit", type=float, help="seconds after which nothing is begun")
     parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--no-plots", action="store_true", help="write OUT.json alone")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
     env, deadline = environment(args.device), Deadline(args.time_limit)
     tables.hardware(env, describe(env))
     head = args.head or _DEFAULT_HEAD[args.device.type]
-    rows: list[dict[str, Any]] = []
+    doc = documents.document("accuracy", "Errors against fp64", env, {"beta": BETA}, [])
     for length in args.lengths:
         for peaked in (True, False):
             scenario = Scenario(
@@ -163,10 +164,10 @@ def main() -> None:
             with tables.progress(scenario.name) as tick:
                 measured = measure(scenario, args.device, args.providers, tick, deadline)
             tables.accuracy(scenario, measured)
-            rows += measured
-    doc = documents.document("accuracy", "Errors against fp64", env, {"beta": BETA}, rows)
-    if args.out:
-        documents.save(doc, args.out.with_suffix(".json"))
+            doc["results"] += measured
+            if args.out:  # a run that is cut off leaves what it has
+                documents.save(doc, args.out.with_suffix(".json"))
+    if args.out and doc["results"] and not args.no_plots:
         plots.accuracy(doc, args.out.with_suffix(".png"))
 
 

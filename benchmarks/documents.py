@@ -55,7 +55,10 @@ def validate(doc: dict[str, Any]) -> None:
                 raise ValueError(f"{row['provider']}: {name} should have median, p20 and p80")
 
 
-def save(doc: dict[str, Any], path: Path) -> None:
+def save(doc: dict[str, Any], path: Path, append: bool = False) -> None:
+    """Write `doc`; with `append`, scenarios that `path` has and `doc` has not are kept."""
+    if append and path.exists():
+        doc = merged(load(path), doc)
     validate(doc)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(doc, indent=1, allow_nan=False) + "\n")

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no-memory", action="store_true", help="measure time alone")
     made.add_argument("--device", type=torch.device, default=default_device())
     made.add_argument("--out", type=Path, help="write OUT.json, OUT.png and OUT-tokens.png")
+    made.add_argument("--no-plots", action="store_true", help="write OUT.json alone")
     made.add_argument("--append", action="store_true", help="add to OUT.json, of the same machine")
     return made
 
@@ -76,12 +77,13 @@ def scenarios(args: argparse.Namespace) -> list[Scenario]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, show as it goes, and return the document."""
+    """Measure, show and save as it goes; returns the document."""
     protocol = _PROTOCOLS[args.device.type]
     deadline = Deadline(args.time_limit)
     env = environment(args.device)
+    how = {"memory": memory.METHOD[args.device.type], **protocol.as_dict()}
     tables.hardware(env, describe(env))
-    rows: list[dict[str, Any]] = []
+    doc = documents.document("loss", "The DPO loss step", env, how, [])
     for scenario in scenarios(args):
         if deadline.passed:
             tables.console.print(f"[yellow]no time left for {scenario.name}[/]")
@@ -97,9 +99,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 not args.no_memory,
             )
         tables.loss(scenario, measured)
-        rows += measured
-    how = {"memory": memory.METHOD[args.device.type], **protocol.as_dict()}
-    return documents.document("loss", "The DPO loss step", env, how, rows)
+        doc["results"] += measured
+        if args.out:  # after each scenario: a run that is cut off leaves what it has
+            documents.save(doc, args.out.with_suffix(".json"), args.append)
+    return doc
 
 
 def find(args: argparse.Namespace) -> dict[str, Any]:
@@ -128,12 +131,9 @@ def main() -> None:
     except ValueError as error:
         parser().error(str(error))
     if args.out:
-        path = args.out.with_suffix(".json")
-        if args.append and path.exists():
-            doc = documents.merged(documents.load(path), doc)
-        documents.save(doc, path)
-        if doc["kind"] == "loss":
-            plots.loss(doc, args.out.with_suffix(".png"))
+        documents.save(doc, args.out.with_suffix(".json"), args.append)
+        if doc["kind"] == "loss" and not args.no_plots:
+            plots.loss(documents.load(args.out.with_suffix(".json")), args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def main() -> None:
         "--loops", nargs="+", choices=loops.SUMMARIES, default=list(loops.SUMMARIES)
     )
     parser.add_argument("--time-limit", type=float, help="seconds in all")
+    parser.add_argument("--no-plots", action="store_true", help="write OUT.json alone")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
     model, batch_size, steps, scale = _DEFAULTS[args.device.type]
@@ -126,7 +127,8 @@ def main() -> None:
     doc = documents.document("step", "A whole training step", env, how, rows)
     if args.out:
         documents.save(doc, args.out.with_suffix(".json"))
-        plots.losses(doc, args.out.with_suffix(".png"))
+        if not args.no_plots:
+            plots.losses(doc, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

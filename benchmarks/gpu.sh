@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, within a time budget: build, tests, benchmarks, one profile.
+#
+#   benchmarks/gpu.sh [--cpu] OUT [SECONDS]
+#
+# OUT receives at most eight files: log.txt, tests.txt, kernels.json, loss.json, accuracy.json,
+# step.json, max-tokens.json and ncu.txt. SECONDS (600 by default) is for all of it. A stage that
+# runs out of time is cut off and leaves what it has; one that finds no time left is skipped and
+# said so. --cpu runs the same stages at CPU sizes, to prove the script where there is no GPU.
+# PYTHON names the interpreter (python).
+set -uo pipefail
+
+usage() {
+  echo "usage: benchmarks/gpu.sh [--cpu] OUT [SECONDS]" >&2
+  exit 2
+}
+
+device=cuda
+if [ "${1:-}" = "--cpu" ]; then
+  device=cpu
+  shift
+fi
+[ $# -ge 1 ] && [ $# -le 2 ] || usage
+budget=${2:-600}
+case $budget in '' | *[!0-9]*) usage ;; esac
+
+mkdir -p "$1" || exit 1
+out=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+end=$((SECONDS + budget))
+log=$out/log.txt
+: >"$log"
+
+say() { echo "[$SECONDS s] $*" | tee -a "$log"; }
+
+left() { echo $((end - SECONDS)); }
+
+# stage NAME LEAST MOST COMMAND...: runs COMMAND for at most MOST seconds of what is left, and not
+# at all where less than LEAST is. $limit, which COMMAND may use, is the time it has.
+stage() {
+  local name=$1 least=$2 most=$3 status
+  shift 3
+  limit=$(left)
+  if [ "$limit" -lt "$least" ]; then
+    say "$name: skipped, $limit s left and it needs $least"
+    return 0
+  fi
+  [ "$limit" -le "$most" ] || limit=$most
+  say "$name: at most $limit s"
+  status=0
+  "$@" >>"$log" 2>&1 || status=$?
+  case $status in
+    0) say "$name: done" ;;
+    124 | 137) say "$name: cut off after $limit s" ;;
+    *) say "$name: failed with status $status (see log.txt)" ;;
+  esac
+}
+
+# within COMMAND...: killed when $limit is over; interrupted first, so that it can end by itself.
+within() { timeout --signal=INT --kill-after=5 "$limit" "$@"; }
+
+# benchmark MODULE ARGUMENTS...: stops by itself shortly before it would be cut off.
+benchmark() {
+  local module=$1
+  shift
+  within "$python" -m "benchmarks.$module" --time-limit "$((limit > 30 ? limit - 15 : limit))" "$@"
+}
+
+build() {
+  local capability
+  if ! command -v nvcc >/dev/null; then
+    echo "no nvcc: the CUDA C++ backend is not built"
+    return 0
+  fi
+  capability=$("$python" -c 'import torch
+print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "9.0")')
+  FASTDPO_CUDA_ARCHS=$capability FASTDPO_BUILD_JOBS=$(nproc) \
+    within "$python" setup.py build_ext --inplace
+}
+
+tests() {
+  within "$python" -m pytest -m gpu -q --maxfail=20 --durations=5 -p no:cacheprovider \
+    >"$out/tests.txt" 2>&1
+  local status=$?
+  tail -n 3 "$out/tests.txt"
+  [ $status -eq 5 ] || return $status # 5: no test is marked
+}
+
+profile() {
+  within ncu --set full -k regex:exp_logits -c 1 "$python" -m benchmarks.exp_logits_once \
+    >"$out/ncu.txt" 2>&1
+}
+
+if [ $device = cuda ] && ! "$python" -c 'import sys, torch
+sys.exit(not torch.cuda.is_available())' 2>>"$log"; then
+  say "PyTorch sees no GPU here: nothing is measured (--cpu proves the script without one)"
+  exit 1
+fi
+if [ $device = cuda ]; then
+  say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1)"
+  suite=full accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b) size=16GiB
+  pair=(--head llama-3-8b)
+else
+  suite=tiny accuracy=(--head tiny --lengths 16 32) step=(--model tiny --steps 3) size=64MiB
+  pair=(--head tiny --dtype fp32 --tokens 64 --sequences 4)
+fi
+
+stage build 30 120 build
+stage tests 20 100 tests
+stage kernels 20 60 within "$python" -m benchmarks.kernels --out "$out/kernels.json"
+stage loss 20 160 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss"
+stage step 30 60 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
+stage accuracy 20 45 benchmark accuracy --device "$device" "${accuracy[@]}" --no-plots \
+  --out "$out/accuracy"
+if command -v ncu >/dev/null; then
+  stage ncu 20 40 profile
+else
+  say "ncu: not here, no profile"
+fi
+stage max-tokens 20 45 benchmark loss "${pair[@]}" --device "$device" --find-max-tokens "$size" \
+  --providers fastdpo fastdpo-w0 eager trl-chunked --out "$out/max-tokens"
+say "done with $(left) s left: $(cd "$out" && echo ./*)"
