@@ -1,12 +1,15 @@
-"""Which tile exp_logits uses: the one checked in, or with FASTDPO_AUTOTUNE=1 the fastest of a few, found once and printed.
+"""Which tile exp_logits uses: the one checked in, or with FASTDPO_AUTOTUNE=1 the fastest of a few.
 
-Tuning happens at the first call of each (architecture, kind of head, E or not), on that call's own tensors, never at
-import. Candidates keep what a row's bits depend on equal for many and few rows by construction (`Tile.few_rows`).
-The winner is printed as a line of `configs.CONFIGS`.
+Tuning happens once per process, architecture, precision and kind of head, at the first call that
+needs the tile and never at import; the winner is printed as a line of `configs.CONFIGS`. It is
+found before that first call computes anything and then serves every number of rows, E or not, so
+that a row's bits depend neither on its batch nor on what was called before. Small calls are tuned
+on their rows repeated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -14,51 +17,59 @@ import sys
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import PTXASError
 
-from fastdpo.backends.triton.configs import FEW_ROWS, Tile
+from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick
 from fastdpo.backends.triton.exp_logits import kind_of, plan, tile_for
-from fastdpo.backends.triton.launch import Target, interpreted
+from fastdpo.backends.triton.launch import Launch, Target
 from fastdpo.head import Head
+from fastdpo.workspace import padded_empty
 
+ENVIRONMENT_VARIABLE = "FASTDPO_AUTOTUNE"
+_ROWS = 4096  # a training step's, in whole waves of tiles on the larger GPUs
+_CHOICES = {
+    ("rows", "columns"): ((128, 256), (128, 128), (256, 128), (64, 128)),
+    ("depth",): ((32,), (64,), (128,)),
+    ("warps",): ((4,), (8,)),
+    ("stages",): ((2,), (3,), (4,), (5,)),
+    ("chunks",): ((1,), (2,), (4,)),
+    ("group",): ((8,), (16,), (32,)),
+}
 _tuned: dict[tuple[str, str, bool], Tile] = {}
 
 
-def tuned_tile(
+def tile_of(
     hidden: Tensor,  # [N, D]
     head: Head,
-    labels: Tensor,  # [N]
-    anchor: Tensor,  # [N]
-    out: Tensor | None,  # [N, K]
     target: Target,
 ) -> Tile:
-    shipped = tile_for(target, hidden, head)
-    if os.environ.get("FASTDPO_AUTOTUNE") != "1" or interpreted() or hidden.shape[0] <= FEW_ROWS:
-        return shipped
-    # One tile serves calls with and without E: their sums have to agree to the bit.
+    """The tile for this call."""
+    if os.environ.get(ENVIRONMENT_VARIABLE) != "1" or target.arch == "interpreter":
+        return tile_for(target, hidden, head)
     key = (target.arch, kind_of(hidden), head.softcap is not None)
     if key not in _tuned:
-        _tuned[key] = _fastest(shipped, hidden, head, labels, anchor, target, key)
-    return _tuned[key]
+        _tuned[key] = _fastest(pick(*key), hidden, head, target, key)
+    tile = _tuned[key]
+    return tile.few_rows() if hidden.shape[0] <= FEW_ROWS < tile.rows else tile
 
 
 def candidates(shipped: Tile) -> list[Tile]:
-    """Tiles worth trying beside the shipped one; those that do not compile or fit are skipped."""
+    """The shipped tile, and those that differ from it in at most two of the choices."""
     found = [shipped]
-    for (rows, columns), depth, warps, stages, chunks, group in itertools.product(
-        [(128, 256), (128, 128), (64, 256), (256, 128)], [32, 64, 128], [4, 8], [2, 3, 4, 5], [1, 2, 4], [8, 16, 32]
-    ):
-        near = sum(
-            a != b
-            for a, b in zip(
-                (rows, columns, depth, warps, stages, chunks, group),
-                (shipped.rows, shipped.columns, shipped.depth, shipped.warps, shipped.stages, shipped.chunks, shipped.group),
-                strict=True,
-            )
-        )
-        if 0 < near <= 2:
-            found.append(
-                Tile(rows, columns, depth, warps, stages, chunks, group, shipped.descriptors, shipped.flatten)
-            )
+    shipped_values = [tuple(getattr(shipped, name) for name in names) for names in _CHOICES]
+    choices = [
+        (own, *(c for c in others if c != own))
+        for own, others in zip(shipped_values, _CHOICES.values(), strict=True)
+    ]
+    for values in itertools.product(*choices):
+        changes = [
+            dict(zip(names, value, strict=True))
+            for names, value, own in zip(_CHOICES, values, shipped_values, strict=True)
+            if value != own
+        ]
+        if 0 < len(changes) <= 2:
+            changed = {k: v for change in changes for k, v in change.items()}
+            found.append(dataclasses.replace(shipped, **changed))
     return found
 
 
@@ -66,24 +77,31 @@ def _fastest(
     shipped: Tile,
     hidden: Tensor,  # [N, D]
     head: Head,
-    labels: Tensor,  # [N]
-    anchor: Tensor,  # [N]
     target: Target,
     key: tuple[str, str, bool],
 ) -> Tile:
-    # With E of its own, so that a candidate without the registers or memory to store it does not win.
-    out = torch.empty(hidden.shape[0], head.vocab_size, dtype=hidden.dtype, device=hidden.device)
+    rows = torch.arange(_ROWS, device=hidden.device) % hidden.shape[0]
+    x = hidden[rows].contiguous()
+    labels, anchor = rows % head.vocab_size, x.new_zeros(_ROWS, dtype=torch.float32)
+    # With E, so that a tile without the registers or the shared memory to store it cannot win.
+    out = padded_empty(_ROWS, head.vocab_size, x)
     timed: list[tuple[float, Tile]] = []
     for tile in candidates(shipped):
-        main = plan(hidden, head, labels, anchor, True, out, None, (), None, target, tile).launches[0]
+        main = plan(x, head, labels, anchor, True, out, None, (), None, target, tile).launches[0]
         try:
-            milliseconds = triton.testing.do_bench(
-                lambda main=main: main.kernel[main.grid](**main.arguments, **main.options), warmup=20, rep=100
-            )
-        except (triton.OutOfResources, triton.CompilationError) as refusal:
+            timed.append((_milliseconds(main), tile))
+        except (triton.OutOfResources, triton.CompilationError, PTXASError) as refusal:
             print(f"fastdpo autotune: {tile}: {type(refusal).__name__}", file=sys.stderr)
-            continue
-        timed.append((milliseconds, tile))
+    if not timed:
+        raise RuntimeError(f"fastdpo autotune: no tile of {key} compiles and fits")
     milliseconds, best = min(timed, key=lambda entry: entry[0])
-    print(f"fastdpo autotune {key}: {milliseconds:.3f} ms\n        {key[1]!r}: {best!r},", file=sys.stderr)
+    print(f"fastdpo autotune {key}: {milliseconds:.3f} ms", file=sys.stderr)
+    print(f"        {key[1]!r}: {best!r},", file=sys.stderr)
     return best
+
+
+def _milliseconds(launch: Launch) -> float:
+    def run() -> None:
+        launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+    return triton.testing.do_bench(run, warmup=20, rep=100)

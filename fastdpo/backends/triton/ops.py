@@ -1,33 +1,30 @@
-"""The primitives as `torch.library` ops in the namespace `fastdpo_triton`: opaque to torch.compile, and known to it.
+"""The primitives as `torch.library` ops in the namespace `fastdpo_triton`: opaque to torch.compile,
+and known to it.
 
-A `Head` travels as (weight, bias, scale, softcap, temperature), the statistics as one comma-separated string. Ops
-return new tensors and write only what they declare, so that opcheck passes; the functions of the contract
-(`fastdpo.backends.triton`) are thin wrappers around these.
+A `Head` travels as (weight, bias, scale, softcap, temperature), the statistics as one
+comma-separated string. Ops return new tensors and write only what they declare, so that opcheck
+passes; the functions of the contract (`fastdpo.backends.triton`) are thin wrappers around these.
 """
 
 from __future__ import annotations
-
-from typing import Optional
 
 import torch
 from torch import Tensor
 
 from fastdpo.backends.triton import exp_logits as _exp_logits
 from fastdpo.backends.triton import row_launches
-from fastdpo.backends.triton.autotune import tuned_tile
+from fastdpo.backends.triton.autotune import tile_of
 from fastdpo.backends.triton.launch import run, target_of
 from fastdpo.head import Head
-
-# torch.library reads these annotations, and understands Optional on every version of Python that we support.
 
 
 @torch.library.custom_op("fastdpo_triton::target_logits", mutates_args=())
 def target_logits(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
-    bias: Optional[Tensor],  # [V]
+    bias: Tensor | None,  # [V]
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     labels: Tensor,  # [N]
 ) -> Tensor:  # [N] fp32
@@ -47,22 +44,33 @@ def _(hidden, weight, bias, scale, softcap, temperature, labels):
 def exp_logits(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
-    bias: Optional[Tensor],  # [V]
+    bias: Tensor | None,  # [V]
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     labels: Tensor,  # [N]
     anchor: Tensor,  # [N] fp32
     fixed_anchor: bool,
-    out: Optional[Tensor],  # [N, K]
-    label_entry: Optional[Tensor],  # [N] fp32
+    out: Tensor | None,  # [N, K]
+    label_entry: Tensor | None,  # [N] fp32
     stats: str,
 ) -> tuple[Tensor, Tensor]:  # [N], [1 + len(stats), N]
     """(anchor used, the sums in the order of `ExpSums`); with a fixed anchor the first is empty."""
     asked = tuple(filter(None, stats.split(",")))
     if hidden.shape[0] == 0:
         return _exp_logits_fake(
-            hidden, weight, bias, scale, softcap, temperature, labels, anchor, fixed_anchor, out, label_entry, stats
+            hidden,
+            weight,
+            bias,
+            scale,
+            softcap,
+            temperature,
+            labels,
+            anchor,
+            fixed_anchor,
+            out,
+            label_entry,
+            stats,
         )
     head = Head(weight, bias, scale, softcap, temperature)
     launches = []
@@ -71,9 +79,19 @@ def exp_logits(
         label_logits = torch.empty_like(anchor)
         launches.append(row_launches.target_logits(hidden, head, labels, label_logits))
     target = target_of(hidden)
-    tile = tuned_tile(hidden, head, labels, anchor, out, target)
+    tile = tile_of(hidden, head, target)
     plan = _exp_logits.plan(
-        hidden, head, labels, anchor, fixed_anchor, out, label_entry, asked, label_logits, target, tile
+        hidden,
+        head,
+        labels,
+        anchor,
+        fixed_anchor,
+        out,
+        label_entry,
+        asked,
+        label_logits,
+        target,
+        tile,
     )
     run(launches + plan.launches, hidden.device)
     return anchor.new_empty(0) if fixed_anchor else plan.anchor, plan.sums
@@ -81,7 +99,18 @@ def exp_logits(
 
 @exp_logits.register_fake
 def _exp_logits_fake(
-    hidden, weight, bias, scale, softcap, temperature, labels, anchor, fixed_anchor, out, label_entry, stats
+    hidden,
+    weight,
+    bias,
+    scale,
+    softcap,
+    temperature,
+    labels,
+    anchor,
+    fixed_anchor,
+    out,
+    label_entry,
+    stats,
 ):
     rows = hidden.shape[0]
     quantities = 1 + len(list(filter(None, stats.split(","))))
@@ -93,7 +122,7 @@ def logits_logps(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # [N], [N] fp32
     logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
@@ -117,7 +146,7 @@ def logits_logps_backward(
     labels: Tensor,  # [N]
     lse: Tensor,  # [N] fp32
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     out: Tensor,  # [N, V]
 ) -> None:
@@ -136,10 +165,12 @@ def logits_logps_backward_(
     labels: Tensor,  # [N]
     lse: Tensor,  # [N] fp32
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
 ) -> None:
-    """In place. An op of its own, since an op's mutated argument may not be another argument's storage."""
+    """In place. An op of its own, since an op's mutated argument may not be another argument's
+    storage.
+    """
     _backward(grad_logps, logits, labels, lse, scale, softcap, temperature, logits)
 
 
@@ -181,7 +212,17 @@ def sequence_loss(
         return logps.new_zeros(()), sums, rewards, coefficients
     loss = logps.new_empty(())
     launch = row_launches.sequence_loss(
-        logps, offsets, ref_logps, beta, label_smoothing, average, interleaved, loss, sums, rewards, coefficients
+        logps,
+        offsets,
+        ref_logps,
+        beta,
+        label_smoothing,
+        average,
+        interleaved,
+        loss,
+        sums,
+        rewards,
+        coefficients,
     )
     run([launch], logps.device)
     return loss, sums, rewards, coefficients

@@ -1,0 +1,98 @@
+"""FASTDPO_AUTOTUNE: never unasked, once, the fastest tile, the same one for few rows.
+
+No GPU is needed: the tiles are planned for an H100 on the CPU, and a model stands for the clock.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdpo.head import Head
+
+autotune = pytest.importorskip("fastdpo.backends.triton.autotune")
+configs = pytest.importorskip("fastdpo.backends.triton.configs")
+
+CONFIGS, pick = configs.CONFIGS, configs.pick
+HOPPER = autotune.Target("sm_90", 132)
+
+
+def inputs(n, dtype=torch.bfloat16, softcap=None):
+    return torch.zeros(n, 16, dtype=dtype), Head(torch.zeros(48, 16, dtype=dtype), softcap=softcap)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Counts what is timed; the fastest is not the shipped tile, and some do not run."""
+    timed = []
+
+    def milliseconds(launch):
+        a = launch.arguments
+        timed.append((a["BLOCK_M"], a["BLOCK_V"], a["BLOCK_D"], launch.warps, launch.stages))
+        if launch.stages == 5:
+            raise autotune.triton.OutOfResources(1 << 20, 1 << 18, "shared memory")
+        return 1.0 if timed[-1] == (128, 256, 128, 8, 3) else 2.0
+
+    monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "_tuned", {})
+    return timed
+
+
+def test_never_unasked(clock, monkeypatch):
+    monkeypatch.delenv("FASTDPO_AUTOTUNE", raising=False)
+    assert autotune.tile_of(*inputs(500), HOPPER) == pick("sm_90", "half", False)
+    monkeypatch.setenv("FASTDPO_AUTOTUNE", "0")
+    assert autotune.tile_of(*inputs(8), HOPPER) == pick("sm_90", "half", False).few_rows()
+    monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")
+    assert (
+        autotune.tile_of(*inputs(8), autotune.Target("interpreter", 3))
+        == CONFIGS["interpreter"]["half"]
+    )
+    assert clock == []
+
+
+@pytest.mark.parametrize("first", [8, 500])
+def test_the_fastest_serves_every_number_of_rows(clock, monkeypatch, capfd, first):
+    monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")
+    autotune.tile_of(*inputs(first), HOPPER)
+    tuned = len(clock)
+    many, few = autotune.tile_of(*inputs(500), HOPPER), autotune.tile_of(*inputs(8), HOPPER)
+    assert len(clock) == tuned > 10, "tuned once"
+    assert (many.depth, many.stages) == (128, 3)
+    assert few == many.few_rows()
+    said = capfd.readouterr().err
+    assert "OutOfResources" in said
+    line = said.strip().splitlines()[-1]
+    # What is printed is a line of the table.
+    assert eval(f"{{{line}}}", {"Tile": type(many)}) == {"half": many}
+
+
+def test_each_kind_of_head_is_tuned_for_itself(clock, monkeypatch):
+    monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")
+    for options in ({}, {"softcap": 30.0}, {"dtype": torch.float32}):
+        before = len(clock)
+        autotune.tile_of(*inputs(500, **options), HOPPER)
+        assert len(clock) > before
+
+
+def test_it_says_when_nothing_runs(monkeypatch):
+    monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "_tuned", {})
+
+    def refuse(launch):
+        raise autotune.triton.OutOfResources(2, 1, "shared memory")
+
+    monkeypatch.setattr(autotune, "_milliseconds", refuse)
+    with pytest.raises(RuntimeError, match="sm_90"):
+        autotune.tile_of(*inputs(70), HOPPER)
+
+
+@pytest.mark.parametrize("arch", [a for a in CONFIGS if a != "interpreter"])
+def test_candidates_are_the_shipped_tile_and_its_neighbours(arch):
+    for shipped in CONFIGS[arch].values():
+        found = autotune.candidates(shipped)
+        assert found[0] == shipped
+        assert len(set(found)) == len(found) > 10
+        for tile in found:
+            assert (tile.descriptors, tile.flatten) == (shipped.descriptors, shipped.flatten)
+            assert tile.columns % tile.chunks == 0
