@@ -1,0 +1,100 @@
+"""The command line: `fastdpo demo | doctor | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastdpo
+
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (0, or 2 with one line on stderr for bad input)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:  # its options are the benchmark's own
+        from fastdpo.checkout import bench
+
+        return bench(arguments[1:])
+    options = _parser().parse_args(arguments)
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastdpo", description="Direct Preference Optimization without the logits."
+    )
+    parser.add_argument("--version", action="version", version=f"fastdpo {fastdpo.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    doctor = commands.add_parser("doctor", help="what this machine can use, and why not the rest")
+    doctor.set_defaults(run=_doctor)
+    commands.add_parser("bench", help="time against eager PyTorch and others (needs a checkout)")
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="a small DPO run from end to end",
+        description="Makes (or loads) preference pairs and a causal language model, trains it by "
+        "DPO, and saves the model, its metrics and a plot. Without options it takes a minute or "
+        "two on two CPU cores.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--data", type=Path, help="JSON lines with prompt, chosen and rejected: strings or messages"
+    )
+    add("--model", help="a Hugging Face causal language model: a directory or a name")
+    add("--output", type=Path, default=Path("fastdpo-demo"), help="the directory to write")
+    add("--steps", type=int, default=150, help="DPO steps")
+    add("--sft-steps", type=int, help="steps of pre-training (700 for a new model, 0 for a loaded)")
+    add("--batch-size", type=int, default=16, help="pairs per step")
+    add("--max-length", type=int, default=512, help="tokens per sequence; longer ones are cut")
+    add("--beta", type=float, default=0.5, help="strength of the pull towards the reference")
+    add("--objective", default="sigmoid", help="the preference loss, any that takes pairs")
+    add("--label-smoothing", type=float, default=0.0, help="for objectives that define it")
+    add("--lr", type=float, help="peak learning rate (depends on what is trained)")
+    add("--lora", action="store_true", help="train LoRA adapters (needs peft)")
+    add("--seed", type=int, default=0, help="of the pairs, the weights and the order")
+    add("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    add("--dtype", default="float32", help="float32, or bfloat16 for autocast")
+    add("--backend", help="fastdpo's backend: auto, torch, triton or cuda")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    missing = _missing("transformers", "tokenizers", "matplotlib", "rich")
+    if missing:
+        return _bad_input(f"the demo needs {', '.join(missing)}: pip install 'fastdpo[demo]'")
+    from fastdpo.demo.options import InputError, Options
+    from fastdpo.demo.run import run
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    try:
+        run(Options(**given))
+    except InputError as error:
+        return _bad_input(str(error))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fastdpo.doctor import lines
+
+    print("\n".join(lines()))
+    return 0
+
+
+def _missing(*modules: str) -> list[str]:
+    from importlib.util import find_spec
+
+    return [name for name in modules if find_spec(name) is None]
+
+
+def _bad_input(message: str) -> int:
+    print(f"fastdpo: error: {message}", file=sys.stderr)
+    return BAD_INPUT
