@@ -74,8 +74,12 @@ build() {
     echo "no nvcc: the CUDA C++ backend is not built"
     return 0
   fi
+  if [ $device = cpu ]; then
+    echo "no GPU, no architecture to build for"
+    return 0
+  fi
   capability=$("$python" -c 'import torch
-print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "9.0")')
+print("%d.%d" % torch.cuda.get_device_capability())') || return
   FASTDPO_CUDA_ARCHS=$capability FASTDPO_BUILD_JOBS=$(nproc) \
     within "$python" setup.py build_ext --inplace
 }

@@ -43,11 +43,23 @@ def find_all(
             row["status"], row["reason"] = "skipped", "no time was left"
         else:
             tick(provider.name)
-            row["max_tokens"] = longest(
-                lambda n, p=provider: fits(p, pair.with_tokens(n), device, limit)
-            )
+            try:
+                row["max_tokens"] = longest(_fitting(provider, pair, device, limit, deadline))
+            except TimeoutError:
+                row["status"], row["reason"] = "skipped", "no time was left"
         rows.append(row)
     return rows
+
+
+def _fitting(
+    provider: Provider, pair: Scenario, device: torch.device, limit: int, deadline: Deadline | None
+) -> Callable[[int], bool]:
+    def fitting(tokens: int) -> bool:
+        if deadline is not None and deadline.passed:
+            raise TimeoutError
+        return fits(provider, pair.with_tokens(tokens), device, limit)
+
+    return fitting
 
 
 def longest(fits: Callable[[int], bool]) -> int:
