@@ -1,0 +1,156 @@
+"""python -m benchmarks.kernels: each primitive of every backend against its floor, on a GPU.
+
+    python -m benchmarks.kernels --quick         one shape
+    python -m benchmarks.kernels --out kernels   also write kernels.json
+    python -m benchmarks.kernels --static        what compiling the Triton kernels gives, no GPU
+
+A product's floor is the vendor's product of the same shape, that of everything else a device copy
+of as many bytes. Beside each measured time stands what the traffic model says of an H200. Without a
+GPU nothing is timed, and the static table is printed instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from benchmarks import documents, kernels_model, tables
+from benchmarks.environment import default_device, describe, environment
+from benchmarks.kernels_steps import Contest, Shape, contests
+from benchmarks.measure import Deadline, Protocol, interleaved, quantiles
+
+SUITES = {
+    "quick": (Shape("llama-3-8b", 4096),),
+    "full": (
+        Shape("llama-3-8b", 4096),
+        Shape("llama-3-8b", 64),
+        Shape("qwen2.5-7b", 8192),
+        Shape("gemma-2-2b", 4096),
+        Shape("mistral-7b", 4096, torch.float32),
+    ),
+    "tiny": (Shape("tiny", 40), Shape("tiny-softcap", 40, torch.float32)),
+}
+_PROTOCOL = Protocol(warmup=3, min_rounds=10, max_rounds=50, seconds=1.0)
+_FLOOR = "floor"
+
+
+def measure(contest: Contest, device: torch.device, protocol: Protocol) -> list[dict[str, Any]]:
+    """One row per backend."""
+    row = {"primitive": contest.name, "scenario": {"name": _title(contest), **contest.shape}}
+    taken = interleaved({_FLOOR: contest.floor, **contest.steps}, device, protocol)
+    floor = quantiles(taken[_FLOOR])
+    rows: list[dict[str, Any]] = []
+    for name in contest.steps:
+        seconds = quantiles(taken[name])
+        rows.append(
+            {
+                "provider": name,
+                "status": "ok",
+                **row,
+                "seconds": seconds,
+                "floor_is": contest.floor_is,
+                "floor_seconds": floor,
+                "multiple_of_floor": seconds["median"] / floor["median"],
+                "bound": contest.work.bound,
+                "tera_operations_per_second": contest.work.operations / seconds["median"] / 1e12,
+                "tera_bytes_per_second": contest.work.bytes / seconds["median"] / 1e12,
+                "predicted_seconds_h200": contest.work.seconds,
+            }
+        )
+    for name, reason in contest.absent.items():
+        rows.append({"provider": name, "status": "absent", "reason": reason, **row})
+    return rows
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(title=title)
+    table.add_column("primitive")
+    for name in ("backend", "time", "20% – 80%", "floor", "× floor", "reaches", "H200 model"):
+        table.add_column(name, justify="left" if name == "backend" else "right")
+    for r in (r for r in rows if r["status"] == "ok"):
+        products = r["bound"] == "products"
+        reached = r["tera_operations_per_second" if products else "tera_bytes_per_second"]
+        table.add_row(
+            r["primitive"],
+            r["provider"],
+            _brief(r["seconds"]["median"]),
+            f"{_brief(r['seconds']['p20'])} – {_brief(r['seconds']['p80'])}",
+            _brief(r["floor_seconds"]["median"]),
+            f"{r['multiple_of_floor']:.2f}",
+            f"{reached:.3g} {'TFLOP/s' if products else 'TB/s'}",
+            _brief(r["predicted_seconds_h200"]),
+        )
+    tables.console.print(table)
+    absent = ((r["provider"], r["primitive"], r["reason"]) for r in rows if r["status"] != "ok")
+    for provider, primitive, reason in absent:
+        tables.console.print(f"  {provider} is absent from {primitive}: {reason}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, show and save as it goes."""
+    deadline = Deadline(args.time_limit)
+    env = environment(args.device)
+    tables.hardware(env, describe(env))
+    how = {**_PROTOCOL.as_dict(), "model": kernels_model.H200}
+    doc = documents.document("kernels", "The primitives against their floors", env, how, [])
+    for shape in SUITES["quick" if args.quick else args.suite]:
+        measured: list[dict[str, Any]] = []
+        for contest in () if deadline.passed else contests(shape, args.device):
+            measured += measure(contest, args.device, _PROTOCOL)
+            if deadline.passed:
+                break
+        if not measured:
+            tables.console.print(f"[yellow]no time left for {shape}[/]")
+            continue
+        show(measured, _caption(measured[0]["scenario"]))
+        doc["results"] += measured
+        if args.out:  # after each shape: a run that is cut off leaves what it has
+            documents.save(doc, args.out.with_suffix(".json"))
+
+
+def _title(contest: Contest) -> str:
+    return f"{contest.name} {_caption(contest.shape)}"
+
+
+def _caption(shape: dict[str, Any]) -> str:
+    curve = f", softcap {shape['softcap']:g}" if shape["softcap"] else ""
+    sizes = f"N {shape['N']:,}, V {shape['V']:,}, D {shape['D']:,}"
+    return f"{shape['head']} · {sizes}, {shape['dtype']}{curve}"
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else tables.duration(seconds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--suite", choices=SUITES, default="full")
+    parser.add_argument("--quick", action="store_true", help="the suite of one shape")
+    parser.add_argument("--static", action="store_true", help="compile, and time nothing")
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--time-limit", type=float, help="seconds after which nothing is begun")
+    parser.add_argument("--out", "--json", type=Path, help="write OUT.json")
+    args, rest = parser.parse_known_args()
+    if args.static or (args.device.type == "cpu" and args.suite != "tiny"):
+        if not args.static:
+            tables.console.print("There is no GPU here: nothing is timed.")
+        from benchmarks import kernels_static
+
+        return kernels_static.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
