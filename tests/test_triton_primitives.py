@@ -19,6 +19,8 @@ from fastdpo.head import Head
 triton = pytest.importorskip("fastdpo.backends.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Compiled, they are tests of the GPU as well.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 N, V, D = 20, 300, 48

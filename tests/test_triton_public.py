@@ -24,6 +24,8 @@ from fastdpo.loss import get_batch_logps, linear_dpo_loss, linear_logps
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Compiled, they are tests of the GPU as well.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 ALL = (True, True, True)
