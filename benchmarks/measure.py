@@ -92,7 +92,6 @@ def quantiles(values: Sequence[float]) -> dict[str, Any]:
     """Median, 20th and 80th percentile, and how many."""
     if not values:
         raise ValueError("values should hold at least one measurement, got none")
-    p20, median, p80 = torch.quantile(
-        torch.tensor(values, dtype=torch.float64), torch.tensor([0.2, 0.5, 0.8]).double()
-    ).tolist()
+    wanted = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(values, dtype=torch.float64).quantile(wanted).tolist()
     return {"median": median, "p20": p20, "p80": p80, "rounds": len(values)}

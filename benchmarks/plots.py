@@ -123,7 +123,9 @@ def against_tokens(doc: dict[str, Any], path: Path) -> None:
             **style,
         )
     for axis, text in zip(axes, ("seconds per step", "extra memory, GiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=text)
+        if any(len(line.get_xdata()) for line in axis.lines):  # a log axis needs a point
+            axis.set(xscale="log", yscale="log")
+        axis.set(xlabel="tokens", ylabel=text)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=6)
     head, share, trains, dtype, *_ = key
@@ -165,10 +167,15 @@ def accuracy(doc: dict[str, Any], path: Path) -> None:
 def losses(doc: dict[str, Any], path: Path) -> None:
     """Loss curves of the training loops, over one another where they coincide."""
     figure, axis = plt.subplots(figsize=(5.6, 3.4))
-    styles = {"fastdpo": ("-", OURS, 3.0), "eager": ("--", EAGER, 1.8), "trl": (":", PEER, 1.8)}
+    styles = {
+        "fastdpo": ("-", OURS, 3.0),
+        "eager": ("--", EAGER, 1.8),
+        "trl": (":", PEER, 1.8),
+        "trl-fastdpo": ("-.", "black", 1.0),
+    }
     for r in doc["results"]:
         if r["status"] == "ok":
-            line, colour, width = styles.get(r["provider"], ("-.", "black", 1.0))
+            line, colour, width = styles[r["provider"]]
             axis.plot(r["losses"], line, color=colour, lw=width, label=r["provider"])
     axis.set(xlabel="step", ylabel="DPO loss")
     axis.grid(alpha=0.3)

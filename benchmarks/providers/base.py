@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from abc import ABC, abstractmethod
 
 import torch
@@ -69,6 +71,14 @@ class LogpsProvider(Provider):
         tokens = self.token_logps(inputs.hidden, inputs.weight, inputs.labels, softcap)
         logps = tokens.sum(-1)
         return Expected(dpo_loss(logps, ref_logps), logps.detach(), token_logps=tokens.detach())
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot generate code here; None where it can."""
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    if device.type == "cpu" and not any(c and shutil.which(c) for c in compilers):
+        return "torch.compile needs a C++ compiler on a CPU"
+    return None
 
 
 def missing(module: str) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import IGNORE_INDEX
-from benchmarks.providers.base import LogpsProvider, missing
+from benchmarks.providers.base import LogpsProvider, missing, no_compiler
 
 
 class CutCrossEntropy(LogpsProvider):
@@ -20,7 +20,7 @@ class CutCrossEntropy(LogpsProvider):
     def absent(self, device: torch.device) -> str | None:
         if self.impl == "cce" and device.type != "cuda":
             return "its kernels need a CUDA GPU"
-        return missing("cut_cross_entropy")
+        return missing("cut_cross_entropy") or no_compiler(device)
 
     def token_logps(self, hidden, weight, labels, softcap) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import IGNORE_INDEX, capped
-from benchmarks.providers.base import LogpsProvider, missing
+from benchmarks.providers.base import LogpsProvider, missing, no_compiler
 
 
 def _masked(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -48,6 +48,9 @@ class Compiled(LogpsProvider):
     name = "compiled"
     summary = "torch.compile of eager"
     compiles = True
+
+    def absent(self, device: torch.device) -> str | None:
+        return no_compiler(device)
 
     def __init__(self) -> None:
         self._compiled = torch.compile(eager_token_logps, dynamic=False)

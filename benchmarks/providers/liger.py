@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.inputs import BETA, IGNORE_INDEX, Inputs
 from benchmarks.oracle import Expected
-from benchmarks.providers.base import Provider, missing
+from benchmarks.providers.base import Provider, missing, no_compiler
 from benchmarks.scenarios import Scenario
 
 
@@ -24,7 +24,9 @@ class Liger(Provider):
         self.summary = f"LigerFusedLinearDPOLoss, {pairs}, {how}; computes its reference"
 
     def absent(self, device: torch.device) -> str | None:
-        return missing("liger_kernel.chunked_loss")
+        return missing("liger_kernel.chunked_loss") or (
+            no_compiler(device) if self.compiles else None
+        )
 
     def refuses(self, scenario: Scenario) -> str | None:
         return "it has no softcap" if scenario.shape.softcap is not None else None

@@ -76,7 +76,7 @@ def _plain_loop(job: Job, loss_of: Callable[[Any, Any, dict[str, Tensor]], Tenso
         optimizer.zero_grad(set_to_none=True)
         synchronize(job.device)
         run.seconds.append(time.perf_counter() - start)
-        run.losses.append(float(loss))
+        run.losses.append(loss.item())
     return run
 
 
@@ -100,8 +100,20 @@ def _eager_loss(policy: Any, reference: Any, batch: dict[str, Tensor]) -> Tensor
 
 
 def trl_loop(job: Job) -> Run:
-    """TRL's DPOTrainer as it ships, through `train()`, with gradient checkpointing off and no
-    clipping, as in the other loops.
+    """TRL's DPOTrainer as it ships."""
+    return _trl_loop(job, lambda trainer: trainer)
+
+
+def trl_fastdpo_loop(job: Job) -> Run:
+    """TRL's DPOTrainer whose log-probabilities are fastdpo's."""
+    from fastdpo.integrations.trl import use_fastdpo
+
+    return _trl_loop(job, use_fastdpo)
+
+
+def _trl_loop(job: Job, adapt: Callable[[Any], Any]) -> Run:
+    """`DPOTrainer.train()`, with gradient checkpointing off and no clipping, as in the other
+    loops.
     """
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -156,7 +168,7 @@ def trl_loop(job: Job) -> Run:
             processing_class=_tokenizer(models.vocabulary(job.model)),
             callbacks=[Clock()],
         )
-        trainer.train()
+        adapt(trainer).train()
     run.losses = [float(loss) for loss in run.losses]
     return run
 
@@ -190,19 +202,19 @@ LOOPS: dict[str, Callable[[Job], Run]] = {
     "fastdpo": fastdpo_loop,
     "eager": eager_loop,
     "trl": trl_loop,
+    "trl-fastdpo": trl_fastdpo_loop,
 }
 SUMMARIES = {
     "fastdpo": "a plain loop over fastdpo.integrations.hf.dpo_loss",
     "eager": "the same loop over logits and log_softmax of every position",
     "trl": "TRL's DPOTrainer as it ships (chunked log-probabilities)",
-    "trl-fastdpo": "TRL's DPOTrainer with fastdpo",
+    "trl-fastdpo": "the same trainer with fastdpo.integrations.trl.use_fastdpo",
 }
 
 
 def absent(name: str) -> str | None:
     """Why a loop cannot run here; None where it can."""
-    if name == "trl-fastdpo":
-        return "fastdpo has no adapter for TRL's trainer"
-    needed = ("transformers", *(("trl", "datasets", "tokenizers") if name == "trl" else ()))
+    theirs = ("trl", "datasets", "tokenizers") if name.startswith("trl") else ()
+    needed = ("transformers", *theirs)
     gone = [module for module in needed if importlib.util.find_spec(module) is None]
     return f"not installed: {', '.join(gone)}" if gone else None

@@ -1,0 +1,194 @@
+"""Documents, the README's section and its figures, the plots, and the script for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import documents, plots, report, workspace
+from benchmarks.environment import environment
+from benchmarks.measure import Deadline, Protocol
+from benchmarks.runner import run_scenario
+from benchmarks.scenarios import Scenario
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+QUICK = Protocol(warmup=1, min_rounds=2, max_rounds=2)
+SCENARIO = Scenario("tiny", 64, share=0.5, dtype="bf16", sequences=4)
+PEERS = ["fastdpo", "fastdpo-cuda", "eager", "trl-selective", "cce"]
+
+
+def loss_document(**kwargs):
+    rows = run_scenario(SCENARIO, CPU, QUICK, PEERS, with_memory=False, **kwargs)
+    return documents.document("loss", "The DPO loss step", environment(CPU), {}, rows)
+
+
+@pytest.fixture(scope="module")
+def loss_doc():
+    return loss_document()
+
+
+def test_everybody_is_listed_and_only_the_accurate_are_timed(loss_doc):
+    by = {r["provider"]: r for r in loss_doc["results"]}
+    assert list(by) == ["products", *PEERS]
+    assert by["cce"]["status"] == by["fastdpo-cuda"]["status"] == "absent"
+    # bf16 log-probabilities are wrong by more than eager's rule allows.
+    assert by["trl-selective"]["status"] == "inaccurate"
+    assert "logps" in by["trl-selective"]["reason"]
+    for r in by.values():
+        assert ("seconds" in r) == (r["status"] == "ok"), r["provider"]
+    t1 = by["products"]["t1_seconds"]
+    expected = by["fastdpo"]["seconds"]["median"] / (3 * t1)
+    assert by["fastdpo"]["multiple_of_floor"] == pytest.approx(expected)
+
+
+def test_time_that_is_over_is_said_so():
+    by = {r["provider"]: r for r in loss_document(deadline=Deadline(0.0))["results"]}
+    assert by["fastdpo"]["status"] == "skipped"
+    assert by["cce"]["status"] == "absent"
+
+
+def test_what_a_provider_raises_is_its_result(monkeypatch):
+    from benchmarks.providers.eager import SelectiveLogSoftmax
+
+    def broken(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(SelectiveLogSoftmax, "token_logps", broken)
+    by = {r["provider"]: r for r in loss_document()["results"]}
+    assert by["trl-selective"]["status"] == "failed"
+    assert by["trl-selective"]["reason"] == "RuntimeError: no such kernel"
+    assert by["fastdpo"]["status"] == "ok"
+
+
+def test_documents_carry_their_origin_and_no_names_of_the_machine(loss_doc, tmp_path):
+    env = loss_doc["environment"]
+    assert env["hardware"]["name"]
+    assert env["packages"]["torch"] == torch.__version__
+    path = tmp_path / "loss.json"
+    documents.save(loss_doc, path)
+    assert documents.load(path) == json.loads(path.read_text())
+    text = path.read_text()
+    assert str(ROOT) not in text
+    assert os.uname().nodename not in text
+
+
+def test_documents_that_are_wrong_are_refused(loss_doc):
+    for wrong in (
+        {"schema": 0},
+        {"kind": "speed"},
+        {"environment": {}},
+        {"results": [{"provider": "x"}]},
+        {"results": [{"provider": "x", "status": "fast"}]},
+        {"results": [{"provider": "x", "status": "absent"}]},
+        {"results": [{"provider": "x", "status": "ok", "seconds": {"median": 1.0}}]},
+    ):
+        with pytest.raises(ValueError):
+            documents.validate({**loss_doc, **wrong})
+
+
+def test_documents_grow_by_scenario_and_keep_one_origin(loss_doc, tmp_path):
+    path = tmp_path / "loss.json"
+    other = json.loads(json.dumps(loss_doc).replace(SCENARIO.name, "another"))
+    documents.save(loss_doc, path, append=True)
+    documents.save(other, path, append=True)
+    documents.save(other, path, append=True)
+    assert len(documents.load(path)["results"]) == 2 * len(loss_doc["results"])
+    elsewhere = {**loss_doc, "environment": {**loss_doc["environment"], "hardware": {}}}
+    with pytest.raises(ValueError, match="hardware"):
+        documents.merged(loss_doc, elsewhere)
+
+
+def test_the_section_says_what_the_document_says(loss_doc):
+    section = report.render({"cpu-loss": loss_doc})
+    by = {r["provider"]: r for r in loss_doc["results"]}
+    assert "GPU figures are still to be measured" in section
+    assert f"{by['fastdpo']['multiple_of_floor']:.2f}" in section
+    assert "`cce` (its kernels need a CUDA GPU)" in section
+    assert "Not as accurate as eager PyTorch, so not timed: `trl-selective`" in section
+    slower = json.loads(json.dumps(loss_doc))
+    for r in slower["results"]:
+        if r["provider"] == "fastdpo":
+            r["seconds"]["median"] = 1e3
+    assert "time against `eager`" in report.render({"cpu-loss": slower})
+
+
+def test_the_section_goes_between_the_markers():
+    readme = f"a\n{report.BEGIN}\nold\n{report.END}\nz\n"
+    written = report.with_section(readme, "new")
+    assert written == f"a\n{report.BEGIN}\nnew\n{report.END}\nz\n"
+    assert report.section_of(written) == "new"
+    for broken in ("a", report.BEGIN, f"{report.END}{report.BEGIN}", readme + readme):
+        assert report.section_of(broken) is None
+        with pytest.raises(ValueError, match="README"):
+            report.with_section(broken, "new")
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    docs = documents.load_all()
+    if not docs:  # nothing measured: nothing may be claimed
+        assert report.section_of(report.README.read_text()) in (None, report.render({}))
+        return
+    section = report.section_of(report.README.read_text())
+    assert section is not None, f"README.md should hold {report.BEGIN} and {report.END}"
+    assert section == report.render(docs), "run python -m benchmarks.report --write"
+
+
+def test_the_workspace_sweep_and_its_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace.memory, "extra_bytes", lambda provider, inputs: 1 << 20)
+    scenario = Scenario("tiny", 64, dtype="fp32", sequences=4)
+    rows = workspace.measure(scenario, CPU, QUICK, fractions=(0.0, 0.5, 1.0))
+    assert [r["provider"] for r in rows] == ["eager", "default", "0 of E", "0.5 of E", "1 of E"]
+    assert rows[3]["workspace_bytes"] == 64 * 515 * 4 // 2
+    promises = workspace.promises(rows)
+    assert [p["measured"] for p in promises[::2]] == [1.0, 1.0]
+    assert not promises[0]["kept"]
+    workspace.save_csv(rows, tmp_path / "w.csv")
+    assert len((tmp_path / "w.csv").read_text().splitlines()) == 1 + len(rows)
+    doc = documents.document(
+        "workspace", "Workspace", environment(CPU), {"promises": {"fp32": promises}}, rows
+    )
+    plots.workspace(doc, tmp_path / "w.png")
+    assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
+    assert "**not kept**" in report.render({"cpu-workspace": doc})
+
+
+def test_plots_of_the_loss(loss_doc, tmp_path):
+    longer = json.loads(json.dumps(loss_doc).replace('"tokens": 64', '"tokens": 128'))
+    doc = {**loss_doc, "results": loss_doc["results"] + longer["results"]}
+    report.draw({"cpu-loss": doc}, tmp_path)
+    for name in ("cpu-loss.png", "cpu-loss-tokens.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
+    done = gpu_script(str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "PyTorch sees no GPU here" in done.stdout
+
+
+def test_the_gpu_script_stops_where_time_is_short(tmp_path):
+    done = gpu_script("--cpu", str(tmp_path / "out"), "1")
+    assert done.returncode == 0
+    for name in ("build", "tests", "kernels", "loss", "step", "accuracy", "max-tokens"):
+        assert f"{name}: skipped" in done.stdout
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["log.txt"]
+    for wrong in ([], ["out", "soon"], ["a", "1", "b"]):
+        assert gpu_script(*wrong).returncode == 2
+
+
+def gpu_script(*arguments):
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
