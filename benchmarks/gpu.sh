@@ -104,16 +104,16 @@ sys.exit(not torch.cuda.is_available())' 2>>"$log"; then
 fi
 if [ $device = cuda ]; then
   say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1)"
-  suite=full accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b) size=16GiB
+  suite=full kernels=full accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b) size=16GiB
   pair=(--head llama-3-8b)
 else
-  suite=tiny accuracy=(--head tiny --lengths 16 32) step=(--model tiny --steps 3) size=64MiB
+  suite=tiny kernels=tiny accuracy=(--head tiny --lengths 16 32) step=(--model tiny --steps 3) size=64MiB
   pair=(--head tiny --dtype fp32 --tokens 64 --sequences 4)
 fi
 
 stage build 30 120 build
 stage tests 20 100 tests
-stage kernels 20 60 within "$python" -m benchmarks.kernels --out "$out/kernels.json"
+stage kernels 20 60 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
 stage loss 20 160 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss"
 stage step 30 60 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
 stage accuracy 20 45 benchmark accuracy --device "$device" "${accuracy[@]}" --no-plots \

@@ -186,12 +186,32 @@ def max_tokens(doc: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernels(doc: dict[str, Any]) -> str:
+    lines = [
+        "**Each primitive** against its floor: the vendor's product of the same shape, or a device "
+        "copy of as many bytes. " + _source(doc),
+        "",
+        _row("primitive and shape", "backend", "time", "× floor", "reaches", "bound by"),
+        _row("---", "---", "---:", "---:", "---:", "---"),
+    ]
+    for r in doc["results"]:
+        if r["status"] != "ok":
+            continue
+        products = r["bound"] == "products"
+        rate = r["tera_operations_per_second" if products else "tera_bytes_per_second"]
+        reached = f"{rate:.3g} {'TFLOP/s' if products else 'TB/s'}"
+        cells = duration(r["seconds"]["median"]), f"{r['multiple_of_floor']:.2f}", reached
+        lines.append(_row(r["scenario"]["name"], f"`{r['provider']}`", *cells, r["bound"]))
+    return "\n".join(lines)
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "loss": loss,
     "workspace": workspace,
     "accuracy": accuracy,
     "step": step,
     "max_tokens": max_tokens,
+    "kernels": kernels,
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import documents, plots, report, workspace
+from benchmarks import documents, plots, report, sections, workspace
 from benchmarks.environment import environment
 from benchmarks.measure import Deadline, Protocol
 from benchmarks.runner import run_scenario
@@ -133,11 +133,33 @@ def test_the_section_goes_between_the_markers():
 def test_the_readmes_figures_are_those_of_the_results():
     docs = documents.load_all()
     if not docs:  # nothing measured: nothing may be claimed
-        assert report.section_of(report.README.read_text()) in (None, report.render({}))
+        assert report.section_of(report.README.read_text()) in (None, "", report.render({}))
         return
     section = report.section_of(report.README.read_text())
     assert section is not None, f"README.md should hold {report.BEGIN} and {report.END}"
     assert section == report.render(docs), "run python -m benchmarks.report --write"
+
+
+def test_every_kind_of_document_has_a_section():
+    assert set(sections.RENDER) == set(documents.KINDS)
+
+
+def test_kernels_section():
+    row = {
+        "provider": "triton",
+        "status": "ok",
+        "primitive": "exp_logits",
+        "scenario": {"name": "exp_logits tiny"},
+        "seconds": {"median": 0.002, "p20": 0.001, "p80": 0.003},
+        "multiple_of_floor": 1.25,
+        "bound": "products",
+        "tera_operations_per_second": 512.0,
+    }
+    absent = {**row, "provider": "cuda", "status": "absent", "reason": "no GPU"}
+    doc = documents.document("kernels", "Kernels", environment(CPU), {}, [row, absent])
+    assert "| exp_logits tiny | `triton` | 2 ms | 1.25 | 512 TFLOP/s | products |" in report.render(
+        {"cpu-kernels": doc}
+    )
 
 
 def test_the_workspace_sweep_and_its_plots(tmp_path, monkeypatch):
