@@ -1,10 +1,13 @@
-"""The primitives as Triton kernels, for NVIDIA GPUs from Ampere on and AMD's MI300; the contract is `fastdpo.backends`.
+"""The primitives as Triton kernels, for NVIDIA GPUs from Ampere on and AMD's MI300; the contract is
+`fastdpo.backends`.
 
-    target_logits.py, exp_logits_*.py, reduce_sums.py      hidden and head -> label logits, exponentials, their sums
+    target_logits.py, exp_logits_*.py, reduce_sums.py      hidden and head -> label logits,
+    exponentials, their sums
     logits_logps.py, logits_logps_backward.py              materialized logits
     sequence_loss.py                                       log-probabilities -> the DPO sigmoid loss
     epilogue.py, language.py                               what kernels share
-    exp_logits.py, row_launches.py, launch.py              which kernels a primitive launches, with what
+    exp_logits.py, row_launches.py, launch.py              which kernels a primitive launches, with
+    what
     configs.py, autotune.py                                tile shapes per architecture
     ops.py                                                 the same as torch.library ops
 
@@ -44,7 +47,10 @@ def available() -> tuple[bool, str]:
     if interpreted():
         return True, "Triton's interpreter (TRITON_INTERPRET=1): correct, on any device, and slow"
     if not torch.cuda.is_available():
-        return False, "PyTorch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported"
+        return (
+            False,
+            "PyTorch sees no GPU, and TRITON_INTERPRET=1 was not set before Triton was imported",
+        )
     arch = target_of(torch.empty(0, device="cuda")).arch
     if supported_arch(arch) is None:
         known = ", ".join(name for name in CONFIGS if name != "interpreter")
@@ -55,7 +61,10 @@ def available() -> tuple[bool, str]:
 def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether tensors may lie on this device and have this dtype, and why not."""
     if device.type != "cuda" and not interpreted():
-        return False, f"the kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 is not set)"
+        return (
+            False,
+            f"the kernels run on GPUs, not on {device.type} (TRITON_INTERPRET=1 is not set)",
+        )
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return False, f"the kernels accumulate in fp32; {dtype} needs another backend"
     return True, f"{dtype} on {device.type}"

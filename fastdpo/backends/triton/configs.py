@@ -1,12 +1,15 @@
-"""The tile shapes of exp_logits per architecture, as they ship. `FASTDPO_AUTOTUNE=1` prints lines for this table.
+"""The tile shapes of exp_logits per architecture, as they ship. `FASTDPO_AUTOTUNE=1` prints lines
+for this table.
 
-A row's result may not depend on how many rows there are. Its additions over D follow BLOCK_D and the tensor core
-instruction's shape along D, those over V follow the tile's columns, the chunks, and how warps share the columns; none
-of it depends on a tile's rows. So for few rows only `rows` and `warps` change, together, so that each warp keeps
-its share of the tile; a test reads both compiled layouts and compares them. (That a matrix instruction of one
-shape adds a row's products in an order that ignores the other rows is the hardware's promise, not ours to prove.)
+A row's result may not depend on how many rows there are. Its additions over D follow BLOCK_D and
+the tensor core instruction's shape along D, those over V follow the tile's columns, the chunks, and
+how warps share the columns; none of it depends on a tile's rows. So for few rows only `rows` and
+`warps` change, together, so that each warp keeps its share of the tile; a test reads both compiled
+layouts and compares them. (That a matrix instruction of one shape adds a row's products in an order
+that ignores the other rows is the hardware's promise, not ours to prove.)
 
-Resources of each line, and what compiling it for its architecture gives: `python -m benchmarks.kernels --static`.
+Resources of each line, and what compiling it for its architecture gives: `python -m
+    benchmarks.kernels --static`.
 """
 
 from __future__ import annotations
@@ -27,56 +30,82 @@ class Tile:
     group: int = 16  # row tiles that share a strip of the weight
     descriptors: bool = False  # the persistent kernel, where the tensors allow it
     flatten: bool = False
+    halves: bool = False  # half the rows with half the warps gives every row the same bits
 
     def few_rows(self) -> Tile:
-        """The same tile with half the rows and half the warps."""
+        """For few rows: half of them, where a row's sums cannot tell."""
+        if not self.halves:
+            return self
         return dataclasses.replace(self, rows=self.rows // 2, warps=self.warps // 2)
 
-    def without_descriptors(self, stages: int) -> Tile:
-        return dataclasses.replace(self, descriptors=False, flatten=False, stages=stages)
 
+_PLAIN = Tile(64, 128, 32, warps=8, stages=2)
+_TF32 = Tile(128, 128, 32, warps=8, stages=2, chunks=2)
+_IEEE = Tile(64, 64, 16, warps=4, stages=3)
 
-# architecture -> kind of head and precision -> tile. "half" is fp16 and bf16 inputs, "softcap" those with a
-# softcap (where its tile differs), "tf32" and "ieee" the two ways to multiply fp32.
+# architecture -> kind of head and precision -> tile. "half" is fp16 and bf16 inputs, "softcap"
+# those with a softcap (where its tile differs), "tf32" and "ieee" the two ways to multiply fp32.
+# "plain" is for 16-bit rows at any address, which are copied element by element, and flagged rows.
 CONFIGS: dict[str, dict[str, Tile]] = {
     "sm_80": {
         "half": Tile(128, 256, 64, warps=8, stages=3, chunks=4),
-        "tf32": Tile(128, 128, 32, warps=8, stages=3, chunks=2),
-        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+        "plain": _PLAIN,
+        "tf32": _TF32,
+        "ieee": _IEEE,
     },
     "sm_86": {
         "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
-        "tf32": Tile(128, 128, 32, warps=8, stages=2, chunks=2),
-        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+        "plain": _PLAIN,
+        "tf32": _TF32,
+        "ieee": _IEEE,
     },
     "sm_89": {
         "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
-        "tf32": Tile(128, 128, 32, warps=8, stages=2, chunks=2),
-        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+        "plain": _PLAIN,
+        "tf32": _TF32,
+        "ieee": _IEEE,
     },
     "sm_90": {
-        "half": Tile(128, 256, 64, warps=8, stages=4, chunks=4, descriptors=True, flatten=True),
-        "tf32": Tile(128, 128, 32, warps=8, stages=3, chunks=2),
-        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+        "half": Tile(
+            128, 256, 64, warps=8, stages=4, chunks=4, descriptors=True, flatten=True, halves=True
+        ),
+        "plain": _PLAIN,
+        "tf32": _TF32,
+        "ieee": _IEEE,
     },
     "sm_100": {
         "half": Tile(128, 256, 64, warps=8, stages=3, descriptors=True),
+        "plain": _PLAIN,
         "softcap": Tile(128, 128, 64, warps=8, stages=4, descriptors=True),
-        "tf32": Tile(128, 128, 32, warps=8, stages=3),
-        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+        "tf32": _TF32,
+        "ieee": _IEEE,
     },
     "sm_120": {
         "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
-        "tf32": Tile(128, 128, 32, warps=8, stages=2, chunks=2),
-        "ieee": Tile(64, 64, 16, warps=4, stages=3),
+        "plain": _PLAIN,
+        "tf32": _TF32,
+        "ieee": _IEEE,
     },
     "gfx942": {
         "half": Tile(128, 256, 64, warps=8, stages=2, chunks=4),
+        "plain": _PLAIN,
         "ieee": Tile(128, 64, 32, warps=4, stages=2),
     },
     # No machine: shapes small enough that a test's few rows and columns make several tiles of each.
     "interpreter": {
-        "half": Tile(16, 64, 16, warps=4, stages=2, chunks=2, group=2, descriptors=True, flatten=True),
+        "half": Tile(
+            16,
+            64,
+            16,
+            warps=4,
+            stages=2,
+            chunks=2,
+            group=2,
+            descriptors=True,
+            flatten=True,
+            halves=True,
+        ),
+        "plain": Tile(16, 32, 16, warps=4, stages=2, chunks=2, group=2),
         "ieee": Tile(16, 64, 16, warps=4, stages=2, chunks=2, group=2),
     },
 }
@@ -85,25 +114,37 @@ FEW_ROWS = 64
 
 
 def supported_arch(arch: str) -> str | None:
-    """The table's architecture that serves `arch`: itself, or the nearest older one of its family."""
+    """The table's architecture that serves `arch`: itself, or the nearest older one of its
+    family.
+    """
     if arch in CONFIGS:
         return arch
     if match := re.fullmatch(r"sm_(\d+)", arch):
         number = int(match[1])
-        older = [
-            known for known in CONFIGS
-            if known.startswith("sm_") and int(known[3:]) < number and int(known[3:]) // 10 == number // 10
-        ]  # fmt: skip
-        return max(older, key=lambda known: int(known[3:]), default=None)
+        family = [int(known[3:]) for known in CONFIGS if known.startswith("sm_")]
+        older = [known for known in family if known < number and known // 10 == number // 10]
+        return f"sm_{max(older)}" if older else None
     return "gfx942" if arch.startswith("gfx95") else None
 
 
 def pick(arch: str, kind: str, softcap: bool) -> Tile:
     """The tile for many rows; `Tile.few_rows` is the one for few."""
-    known = supported_arch(arch)
-    if known is None:
-        raise ValueError(f"arch should be one of {', '.join(CONFIGS)}, but is {arch}")
-    table = CONFIGS[known]
+    table = _table(arch)
     if softcap and kind == "half" and "softcap" in table:
         kind = "softcap"
     return table[kind if kind in table else "ieee"]
+
+
+def pick_plain(arch: str, kind: str) -> Tile:
+    """The tile for flagged rows, and for tensors whose rows do not all start at 16-byte
+    multiples.
+    """
+    table = _table(arch)
+    return table["plain"] if kind == "half" else pick(arch, kind, False)
+
+
+def _table(arch: str) -> dict[str, Tile]:
+    known = supported_arch(arch)
+    if known is None:
+        raise ValueError(f"arch should be one of {', '.join(CONFIGS)}, but is {arch}")
+    return CONFIGS[known]

@@ -2,12 +2,13 @@
 
     d_tv = z_tv − anchor_t        e_tv = exp(d_tv) for v ≠ y_t, else 0        E_tv = e_tv · slope_tv
 
-Per element without statistics: one fma, a compare and a select, a multiplication, an exponential, an addition,
-and half a conversion where E is stored. The label's own entry of E is not this code's business: one scattered
-store per row, after the sums are known (`reduce_sums`), is cheaper than a select per entry.
+Per element without statistics: one fma, a compare and a select, a multiplication, an exponential,
+an addition, and half a conversion where E is stored. The label's own entry of E is not this code's
+business: one scattered store per row, after the sums are known (`reduce_sums`), is cheaper than a
+    select per entry.
 
-A tile is taken in CHUNKS of columns, one after the other, so that e, d and the slope are alive for a part of it
-only. Whatever is asked for, the chunks and the order of the sums are the same.
+A tile is taken in CHUNKS of columns, one after the other, so that e, d and the slope are alive for
+a part of it only. Whatever is asked for, the chunks and the order of the sums are the same.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _COLLISION_FACTOR = tl.constexpr(math.exp(COLLISION_SHIFT))
 @triton.jit
 def column_chunks(x, CHUNKS: tl.constexpr):
     """x [M, N] as a tuple of CHUNKS tiles of neighbouring columns, without moving a register."""
-    if CHUNKS == 1:
-        return (x,)
-    else:
+    chunks = (x,)
+    if CHUNKS > 1:
         pairs = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
         left, right = tl.split(tl.permute(pairs, (0, 2, 1)))
-        return column_chunks(left, CHUNKS // 2) + column_chunks(right, CHUNKS // 2)
+        chunks = column_chunks(left, CHUNKS // 2) + column_chunks(right, CHUNKS // 2)
+    return chunks
 
 
 @triton.jit
@@ -48,7 +49,9 @@ def exponentials(
     outer,
     EVEN_V: tl.constexpr,
 ):
-    """(e, d, t, factor) with z = t · factor; e = 0, d = −inf in the label's column and beyond the vocabulary."""
+    """(e, d, t, factor) with z = t · factor; e = 0, d = −inf in the label's column and beyond the
+    vocabulary.
+    """
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns < vocab_size, other=0.0)
         products += bias.to(tl.float32)[None, :]
@@ -62,7 +65,9 @@ def exponentials(
 
 @triton.jit
 def no_sums(M: tl.constexpr):
-    """The five sums of `ExpSums`, each [M], before the first column; those not asked for stay as they are."""
+    """The five sums of `ExpSums`, each [M], before the first column; those not asked for stay as
+    they are.
+    """
     zero = tl.zeros((M,), tl.float32)
     return zero, zero, zero, zero, tl.full((M,), _NO_LOGIT, tl.float32)
 
@@ -80,7 +85,9 @@ def add_sums(
     LOGITS: tl.constexpr,
     TOP: tl.constexpr,
 ):
-    """The sums with these columns added. Here Σ z includes the label, which `reduce_sums` takes away."""
+    """The sums with these columns added. Here Σ z includes the label, which `reduce_sums` takes
+    away.
+    """
     total, entropy, collision, logits, top = sums
     total += tl.sum(e, 1)
     if ENTROPY:

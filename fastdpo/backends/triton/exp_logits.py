@@ -1,16 +1,18 @@
 """exp_logits: the launches behind the primitive, and the memory between them.
 
     1. the product and its epilogue: partial sums of every (row, vocabulary tile), and E
-    2. `reduce_sums`: sums per row, a flag for each row whose sum left the range, the label's entry of E
-    3-6. for flagged rows: maxima, their reduction into new anchors, the exponentials again, their sums
+    2. `reduce_sums`: sums per row, a flag for each row whose sum left the range, the label's entry
+    of E 3-6. for flagged rows: maxima, their reduction into new anchors, the exponentials again,
+    their sums
 
-The last four end at once where nothing is flagged and are left out where the anchors are fixed. Nothing here
-reads a device value on the host. Scratch: 4·P·⌈V / tile columns⌉·N bytes, P = 1 + the statistics asked for (16 MB for
-8,192 rows of 128,256 logits).
+The last four end at once where nothing is flagged and are left out where the anchors are fixed.
+Nothing here reads a device value on the host. Scratch: 4·P·⌈V / tile columns⌉·N bytes, P = 1 + the
+statistics asked for (16 MB for 8,192 rows of 128,256 logits).
 
-`hidden` is taken as it comes, contiguous rows: the rows that carry loss were compacted by the caller. That copy moves
-4·N·D bytes once, 67 MB or 20 µs for 8,192 × 4,096 on an H200 against 11 ms for the product (0.2 %), whereas a gather in
-the kernel would give up the descriptors that feed it, since a two-dimensional one cannot skip rows.
+`hidden` is taken as it comes, contiguous rows: the rows that carry loss were compacted by the
+caller. That copy moves 4·N·D bytes once, 67 MB or 20 µs for 8,192 × 4,096 on an H200 against 11 ms
+for the product (0.2 %), whereas a gather in the kernel would give up the descriptors that feed it,
+since a two-dimensional one cannot skip rows.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick
+from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick, pick_plain
 from fastdpo.backends.triton.exp_logits_pointers import exp_logits_pointers
 from fastdpo.backends.triton.exp_logits_raised import exp_logits_raised
 from fastdpo.backends.triton.exp_logits_tma import exp_logits_tma
@@ -57,19 +59,21 @@ def kind_of(hidden: Tensor) -> str:
 
 def tile_for(target: Target, hidden: Tensor, head: Head) -> Tile:
     tile = pick(target.arch, kind_of(hidden), head.softcap is not None)
-    return tile.few_rows() if hidden.shape[0] <= FEW_ROWS and tile.rows > FEW_ROWS else tile
+    return tile.few_rows() if hidden.shape[0] <= FEW_ROWS < tile.rows else tile
 
 
-def describable(tensor: Tensor | None) -> bool:
-    """Whether a descriptor can address it: 16-bit rows that start at multiples of 16 bytes."""
-    if tensor is None:
-        return True
-    return (
-        tensor.element_size() == 2
-        and tensor.stride(1) == 1
+def regular(hidden: Tensor, weight: Tensor, out: Tensor | None) -> bool:
+    """Whether rows are contiguous, start at multiples of 16 bytes and have entries of one size.
+
+    Descriptors need it, and so do the wide copies of the tiles tuned for pointers.
+    """
+    return all(
+        tensor.stride(1) == 1
         and tensor.data_ptr() % 16 == 0
         and tensor.stride(0) * tensor.element_size() % 16 == 0
-        and tensor.stride(0) >= tensor.shape[1]
+        and tensor.element_size() == hidden.element_size()
+        for tensor in (hidden, weight, out)
+        if tensor is not None
     )
 
 
@@ -82,65 +86,57 @@ def plan(
     out: Tensor | None,  # [N, K]
     label_entry: Tensor | None,  # [N]
     stats: tuple[str, ...],
-    label_logits: Tensor | None,  # [N] where "mean_logits" is asked for: the labels' logits, 0 where elsewhere
+    label_logits: Tensor | None,  # [N] for "mean_logits": the labels' logits, 0 where elsewhere
     target: Target,
     tile: Tile,
 ) -> Plan:
     rows, vocabulary = hidden.shape[0], head.vocab_size
     asked = [name for name in STATS if name in stats]
     quantities = 1 + len(asked)
-    column_tiles = -(-vocabulary // tile.columns)
-    partial = anchor.new_empty(quantities, column_tiles, rows)
+    plain = pick_plain(target.arch, kind_of(hidden))
+    if not regular(hidden, head.weight, out):
+        tile = plain
+    column_tiles, plain_column_tiles = (-(-vocabulary // t.columns) for t in (tile, plain))
+    # [P, T, N], with T that of the main tile or the plain one.
+    partial = anchor.new_empty(quantities * max(column_tiles, plain_column_tiles) * rows)
     sums = anchor.new_empty(quantities, rows)
     inner, outer = curve(head)
-    bias_and_sizes = {
+    shared = {
         "bias_ptr": head.bias, "labels_ptr": labels, "partial_ptr": partial,
         "N": rows, "V": vocabulary, "D": hidden.shape[1], "inner": inner, "outer": outer,
-    }  # fmt: skip
-    flags = {
         "ENTROPY": "entropy" in asked, "COLLISION": "log_sum_sq_probs" in asked,
         "LOGITS": "mean_logits" in asked, "TOP": "is_top1" in asked,
     }  # fmt: skip
-    shape = {
-        "BLOCK_M": tile.rows, "BLOCK_V": tile.columns, "BLOCK_D": tile.depth, "CHUNKS": tile.chunks,
-    }  # fmt: skip
-    tiles = -(-rows // tile.rows) * column_tiles
     pointers = {
-        "hidden_ptr": hidden, "weight_ptr": head.weight, "out_ptr": out, "hidden_stride": hidden.stride(0),
+        "hidden_ptr": hidden, "weight_ptr": head.weight, "out_ptr": out,
+        "hidden_stride": hidden.stride(0),
         "weight_stride": head.weight.stride(0), "weight_depth_stride": head.weight.stride(1),
         "out_stride": 0 if out is None else out.stride(0), "K": 0 if out is None else out.shape[1],
         "PRECISION": precision(),
     }  # fmt: skip
 
-    if tile.descriptors and all(map(describable, (hidden, head.weight, out))):
+    programs = -(-rows // tile.rows) * column_tiles
+    if tile.descriptors:
         described = {
             "hidden": TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
             "weight": TensorDescriptor.from_tensor(head.weight, [tile.columns, tile.depth]),
             "out": None if out is None
             else TensorDescriptor.from_tensor(out, [tile.rows, tile.columns // tile.chunks]),
+            "FLATTEN": tile.flatten,
         }  # fmt: skip
-        main = Launch(
-            exp_logits_tma,
-            (min(tiles, target.processors),),
-            {**described, **bias_and_sizes, **shape, **flags,
-             "anchor_ptr": anchor, "GROUP": tile.group, "FLATTEN": tile.flatten},
-            tile.warps,
-            tile.stages,
-        )  # fmt: skip
+        kernel, operands = exp_logits_tma, described
+        programs = min(programs, target.processors)
     else:
-        plain = tile.without_descriptors(2) if tile.descriptors else tile
-        main = Launch(
-            exp_logits_pointers,
-            (tiles,),
-            {**pointers, **bias_and_sizes, **shape, **flags, "anchor_ptr": anchor, "GROUP": tile.group},
-            plain.warps,
-            plain.stages,
-        )
+        kernel, operands = exp_logits_pointers, pointers
+    arguments = {**operands, **shared, **_shape(tile), "anchor_ptr": anchor, "GROUP": tile.group}
+    main = Launch(kernel, (programs,), arguments, tile.warps, tile.stages)
 
     reduction = {
-        "raised_ptr": None, "anchor_ptr": None, "new_anchor_ptr": None, "label_logit_ptr": label_logits,
+        "raised_ptr": None, "anchor_ptr": None, "new_anchor_ptr": None,
+        "label_logit_ptr": label_logits,
         "partial_ptr": partial, "sums_ptr": sums, "entry_ptr": label_entry, "labels_ptr": labels,
-        "out_ptr": out, "out_stride": pointers["out_stride"], "K": pointers["K"], "N": rows, "T": column_tiles,
+        "out_ptr": out, "out_stride": pointers["out_stride"], "K": pointers["K"], "N": rows,
+        "T": column_tiles,
         "QUANTITIES": quantities, "LOGITS_AT": _position(asked, "mean_logits"),
         "TOP_AT": _position(asked, "is_top1"), "AGAIN": False, **_REDUCE,
     }  # fmt: skip
@@ -151,26 +147,35 @@ def plan(
     raised = torch.empty(rows, dtype=torch.int8, device=hidden.device)
     new_anchor = torch.empty_like(anchor)
     reduction |= {"raised_ptr": raised, "anchor_ptr": anchor, "new_anchor_ptr": new_anchor}
-    # Plain pointers, and half the rows of a large tile: flagged rows are few, and the registers for addresses are too.
-    small = (tile.few_rows() if tile.rows > FEW_ROWS else tile).without_descriptors(2)
+    once_more = {"AGAIN": True, "T": plain_column_tiles}
     again = {
-        **pointers, **bias_and_sizes, **shape, **flags,
-        "anchor_ptr": new_anchor, "raised_ptr": raised, "BLOCK_M": small.rows,
+        **pointers, **shared, **_shape(plain), "anchor_ptr": new_anchor, "raised_ptr": raised,
+        "MAXIMA": False,
     }  # fmt: skip
-    programs = (min(column_tiles, target.processors),)
+    find = {
+        **again, "MAXIMA": True, "out_ptr": None, "out_stride": 0, "K": 0,
+        "ENTROPY": False, "COLLISION": False, "LOGITS": False, "TOP": False,
+    }  # fmt: skip
+    grid = (min(plain_column_tiles, target.processors),)
     maxima = {
-        **reduction, "sums_ptr": new_anchor, "anchor_ptr": None, "entry_ptr": None,
-        "label_logit_ptr": None, "QUANTITIES": 1, "LOGITS_AT": -1, "TOP_AT": 0, "AGAIN": True,
+        **reduction, **once_more, "sums_ptr": new_anchor, "anchor_ptr": None, "entry_ptr": None,
+        "label_logit_ptr": None, "QUANTITIES": 1, "LOGITS_AT": -1, "TOP_AT": 0,
     }  # fmt: skip
     launches = [
         main,
         Launch(reduce_sums, reduce_grid, reduction),
-        Launch(exp_logits_raised, programs, {**again, "MAXIMA": True}, small.warps, small.stages),
+        Launch(exp_logits_raised, grid, find, plain.warps, plain.stages),
         Launch(reduce_sums, reduce_grid, maxima),
-        Launch(exp_logits_raised, programs, {**again, "MAXIMA": False}, small.warps, small.stages),
-        Launch(reduce_sums, reduce_grid, {**reduction, "anchor_ptr": None, "AGAIN": True}),
+        Launch(exp_logits_raised, grid, again, plain.warps, plain.stages),
+        Launch(reduce_sums, reduce_grid, {**reduction, **once_more, "anchor_ptr": None}),
     ]
     return Plan(launches, new_anchor, sums)
+
+
+def _shape(tile: Tile) -> dict[str, int]:
+    return {
+        "BLOCK_M": tile.rows, "BLOCK_V": tile.columns, "BLOCK_D": tile.depth, "CHUNKS": tile.chunks,
+    }  # fmt: skip
 
 
 def _position(asked: list[str], name: str) -> int:

@@ -1,4 +1,5 @@
-"""exp_logits through plain pointers: any strides and alignments, fp32, and GPUs without descriptors.
+"""exp_logits through plain pointers: any strides and alignments, fp32, and GPUs without
+descriptors.
 
 One program per tile. Operations and bytes are those of `exp_logits_tma`.
 """
@@ -63,7 +64,8 @@ def exp_logits_pointers(
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     products = product_tile(
         hidden_ptr, weight_ptr, hidden_stride, weight_stride, weight_depth_stride,
-        rows, column_tile * BLOCK_V + tl.arange(0, BLOCK_V), N, V, D, BLOCK_D, EVEN_V, EVEN_D, PRECISION,
+        rows, column_tile * BLOCK_V + tl.arange(0, BLOCK_V), N, V, D, BLOCK_D, EVEN_V, EVEN_D,
+        PRECISION,
     )  # fmt: skip
 
     mask = rows < N

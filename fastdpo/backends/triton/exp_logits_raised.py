@@ -1,9 +1,12 @@
-"""exp_logits again, for the rows that the first pass flagged: their maxima, then their exponentials anchored there.
+"""exp_logits again, for the rows that the first pass flagged: their maxima, then their exponentials
+anchored there.
 
-A label so unlikely that Σ exp(z − a − 40) leaves the range of fp32 must come out exact, and no one on the host may
-look at the flags to find out whether there is one. So these launches always happen, and their few programs
-read the N flags (N bytes each) and end; where a row is flagged they do its row tile's product again, twice over
-all: 4·BLOCK_M·V·D operations per such tile. Rows of the tile that are not flagged are computed and not stored.
+A label so unlikely that Σ exp(z − a − 40) leaves the range of fp32 must come out exact, and no one
+on the host may look at the flags to find out whether there is one. So these launches always happen,
+and their few programs read the N flags (N bytes each) and end; where a row is flagged they do its
+row tile's product again, twice over
+all: 4·BLOCK_M·V·D operations per such tile. Rows of the tile that are not flagged are computed and
+    not stored.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ def exp_logits_raised(
                 start = column_tile * BLOCK_V
                 products = product_tile(
                     hidden_ptr, weight_ptr, hidden_stride, weight_stride, weight_depth_stride,
-                    rows, start + tl.arange(0, BLOCK_V), N, V, D, BLOCK_D, EVEN_V, EVEN_D, PRECISION,
+                    rows, start + tl.arange(0, BLOCK_V), N, V, D, BLOCK_D, EVEN_V, EVEN_D,
+                    PRECISION,
                 )  # fmt: skip
                 sums = no_sums(BLOCK_M)
                 chunks = column_chunks(products, CHUNKS)
@@ -99,13 +103,17 @@ def exp_logits_raised(
                         chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
                     )
                     if MAXIMA:
-                        sums = add_sums(sums, e, shifted, t, factor, anchor, False, False, False, True)
+                        sums = add_sums(
+                            sums, e, shifted, t, factor, anchor, False, False, False, True
+                        )
                     else:
                         sums = add_sums(
                             sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP
                         )
                         if out_ptr is not None:
-                            place = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+                            place = (
+                                out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+                            )
                             stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
                             tl.store(place, stored, mask=raised[:, None] & (columns < K)[None, :])
                 here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows

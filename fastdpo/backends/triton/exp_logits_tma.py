@@ -1,12 +1,14 @@
 """exp_logits where the hardware has a tensor memory accelerator: persistent, fed by descriptors.
 
-One program per processor walks over tiles of [BLOCK_M, BLOCK_V]; with FLATTEN the loop over tiles and the loop over
-D are one, so that the copies of the next tile's operands run under this tile's epilogue.
+One program per processor walks over tiles of [BLOCK_M, BLOCK_V]; with FLATTEN the loop over tiles
+and the loop over D are one, so that the copies of the next tile's operands run under this tile's
+epilogue.
 
-Operations 2·N·V·D on the tensor cores and about 7·N·V in the epilogue, on other units: 5 % of the product's time at
-D = 4096 on an H100, since 128 × 256 exponentials take 2,048 of a tile's 65,536 cycles. Bytes, for 16-bit inputs:
-hidden 2·N·D and weight 2·V·D·⌈N / (GROUP · BLOCK_M)⌉ read from memory (a group's rows stay in L2), E 2·N·K written, and
-4·N·⌈V / BLOCK_V⌉ for each quantity summed: E's store is 2 / (2·D) of a byte per operation, hidden by any D ≥ 1024.
+Operations 2·N·V·D on the tensor cores and about 7·N·V in the epilogue, on other units: 5 % of the
+product's time at D = 4096 on an H100, since 128 × 256 exponentials take 2,048 of a tile's 65,536
+cycles. Bytes, for 16-bit inputs: hidden 2·N·D and weight 2·V·D·⌈N / (GROUP · BLOCK_M)⌉ read from
+memory (a group's rows stay in L2), E 2·N·K written, and 4·N·⌈V / BLOCK_V⌉ for each quantity summed:
+E's store is 2 / (2·D) of a byte per operation, hidden by any D ≥ 1024.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def exp_logits_tma(
     ):
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         products = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        for d in range(0, depth_tiles):
+        for d in range(depth_tiles):
             a = hidden.load([row_tile * BLOCK_M, d * BLOCK_D])
             b = weight.load([column_tile * BLOCK_V, d * BLOCK_D])
             products = multiply_add(a, b.T, products, "ieee")

@@ -1,7 +1,8 @@
 """What the kernels share: exponentials, the head's transform of a logit, a dot, the order of tiles.
 
-Every product followed by a sum is an explicit fma, and launches turn the compiler's own contraction off: a
-sum must not change to the bit because the exponentials are also stored, or because a statistic is asked for.
+Every product followed by a sum is an explicit fma, and launches turn the compiler's own contraction
+off: a sum must not change to the bit because the exponentials are also stored, or because a
+    statistic is asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-# The interpreter carries bf16 as 16-bit integers: its arithmetic needs a cast that compiled code must not have.
+# The interpreter carries bf16 as 16-bit integers: its arithmetic needs a cast that compiled code
+# must not have.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -20,27 +22,27 @@ _TANH_NEAR = tl.constexpr(0.3)
 
 @triton.jit
 def exponential(x):
-    """e^x of an fp32 tile. On NVIDIA the hardware's own 2^x (2 ulp), results below 2^-126 flushed to zero.
+    """e^x of an fp32 tile. On NVIDIA the hardware's own 2^x (2 ulp), results below 2^-126 flushed
+    to zero.
 
-    Keeping subnormal results costs a compare and two multiplications per element, half an epilogue, for
-    probabilities below e^-87 of the anchor's.
+    Keeping subnormal results costs a compare and two multiplications per element, half an epilogue,
+    for probabilities below e^-87 of the anchor's.
     """
-    if INTERPRETED:
-        return tl.exp(x)
-    elif is_cuda():
-        return tl.inline_asm_elementwise(
+    if is_cuda() and not INTERPRETED:
+        e = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * _LOG2_E], tl.float32, is_pure=True, pack=1
         )
     else:
-        return tl.exp(x)
+        e = tl.exp(x)
+    return e
 
 
 @triton.jit
 def hyperbolic_tangent(x):
     """tanh of an fp32 tile, relative error below 1e-6, from one exponential of a negative number.
 
-    With q = e^(−2|x|), |tanh| = (1 − q) / (1 + q). That cancels near zero, where the Taylor series up to x⁹
-    takes over; its remainder at 0.3 is 6e-8 relative.
+    With q = e^(−2|x|), |tanh| = (1 − q) / (1 + q). That cancels near zero, where the Taylor series
+    up to x⁹ takes over; its remainder at 0.3 is 6e-8 relative.
     """
     size = tl.abs(x)
     q = exponential(-2.0 * size)
@@ -60,10 +62,10 @@ def head_curve(
     outer,  # None without a softcap, softcap / temperature with one
 ):
     """t and factor, with z = t · factor the final logit."""
-    if outer is None:
-        return u, inner
-    else:
-        return hyperbolic_tangent(u * inner), outer
+    t, factor = u, inner
+    if outer is not None:
+        t, factor = hyperbolic_tangent(u * inner), outer
+    return t, factor
 
 
 @triton.jit
@@ -73,10 +75,9 @@ def times_slope(
     outer,
 ):
     """e times the softcap's derivative 1 − t², which is 1 without one."""
-    if outer is None:
-        return e
-    else:
-        return e * tl.fma(-t, t, 1.0)
+    if outer is not None:
+        e *= tl.fma(-t, t, 1.0)
+    return e
 
 
 @triton.jit
@@ -118,7 +119,8 @@ def product_tile(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """hidden[rows] · weight[columns]ᵀ [M, C] in fp32, through plain pointers; 0 in columns beyond V.
+    """hidden[rows] · weight[columns]ᵀ [M, C] in fp32, through plain pointers; 0 in columns beyond
+    V.
 
     Rows beyond N repeat the last one (their results are never stored), which saves a mask per load.
     """

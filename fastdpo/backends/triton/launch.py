@@ -1,4 +1,6 @@
-"""A kernel launch as a value: the same list is run on a GPU or in the interpreter, and compiled ahead of time by tests."""
+"""A kernel launch as a value: the same list is run on a GPU or in the interpreter, and compiled
+ahead of time by tests.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        # Contraction is off so that a sum's bits depend on the source alone; the kernels say fma where they mean it.
+        # Contraction is off so that a sum's bits depend on the source alone; the kernels say fma
+        # where they mean it.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
 
 

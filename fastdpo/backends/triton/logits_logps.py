@@ -1,7 +1,8 @@
 """logits_logps: materialized logits read once, by an online log-sum-exp.
 
-One program per row keeps the running maximum as one number and the sum as a vector that is added up at the end. Bytes:
-s·V per row that carries loss (s = 2 or 4 bytes per logit), nothing for the others; about 6 operations per logit.
+One program per row keeps the running maximum as one number and the sum as a vector that is added up
+at the end. Bytes: s·V per row that carries loss (s = 2 or 4 bytes per logit), nothing for the
+others; about 6 operations per logit.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def logits_logps_kernel(
         t, factor = head_curve(u.to(tl.float32), inner, outer)
         z = tl.where(mask, t * factor, float("-inf"))
         higher = tl.maximum(top, tl.max(z, 0))
-        # While every logit so far is −inf there is nothing to rescale, and −inf − (−inf) would be NaN.
+        # While every logit so far is −inf there is nothing to rescale, and −inf − (−inf) would be
+        # NaN.
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         total = tl.fma(total, exponential(top - anchor), exponential(z - anchor))
         top = higher

@@ -1,7 +1,9 @@
-"""The partial sums of every vocabulary tile -> one number per row, in a fixed order; flags; the label's entry of E.
+"""The partial sums of every vocabulary tile -> one number per row, in a fixed order; flags; the
+label's entry of E.
 
-Bytes: 4·P·T·N read, where T = ⌈V / BLOCK_V⌉ is 501 for a vocabulary of 128,256: 0.8 % of E's bytes per quantity. A
-row's order of additions depends on T alone, so neither on N nor on its place in the batch.
+Bytes: 4·P·T·N read, where T = ⌈V / BLOCK_V⌉ is 501 for a vocabulary of 128,256: 0.8 % of E's bytes
+per quantity. A row's order of additions depends on T alone, so neither on N nor on its place in the
+batch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def reduce_sums(
     raised_ptr,  # [N] int8 or None
     anchor_ptr,  # [N] fp32, copied to new_anchor, or None
     new_anchor_ptr,  # [N] fp32 or None
-    label_logit_ptr,  # [N] fp32: what to take from the sum of logits (0 where the label is elsewhere), or None
+    label_logit_ptr,  # [N] fp32: to be taken from Σ z (0 where the label is elsewhere), or None
     entry_ptr,  # [N] fp32 or None
     labels_ptr,  # [N] int
     out_ptr,  # [N, K] or None
@@ -49,7 +51,11 @@ def reduce_sums(
             result = tl.zeros((BLOCK_N,), tl.float32)
         for start in range(0, T, BLOCK_T):
             tiles = start + tl.arange(0, BLOCK_T)
-            place = partial_ptr + (tiles.to(tl.int64) + q * tl.cast(T, tl.int64))[:, None] * N + rows[None, :]
+            place = (
+                partial_ptr
+                + (tiles.to(tl.int64) + q * tl.cast(T, tl.int64))[:, None] * N
+                + rows[None, :]
+            )
             inside = (tiles < T)[:, None] & mask[None, :]
             if q == TOP_AT:
                 part = tl.load(place, mask=inside, other=float("-inf"))
@@ -61,7 +67,9 @@ def reduce_sums(
         tl.store(sums_ptr + tl.cast(q, tl.int64) * N + rows, result, mask=mask)
         if (q == 0) and (raised_ptr is not None) and not AGAIN:
             # Written so that NaN and inf are flagged too.
-            tl.store(raised_ptr + rows, tl.where(result <= _RAISE_ABOVE, 0, 1).to(tl.int8), mask=mask)
+            tl.store(
+                raised_ptr + rows, tl.where(result <= _RAISE_ABOVE, 0, 1).to(tl.int8), mask=mask
+            )
     if anchor_ptr is not None:
         tl.store(new_anchor_ptr + rows, tl.load(anchor_ptr + rows, mask=mask), mask=mask)
     if entry_ptr is not None:

@@ -1,4 +1,6 @@
-"""The launches of the primitives that are one kernel: target_logits, logits_logps and its backward, sequence_loss."""
+"""The launches of the primitives that are one kernel: target_logits, logits_logps and its backward,
+sequence_loss.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from fastdpo.backends.triton.sequence_loss import sequence_loss_kernel
 from fastdpo.backends.triton.target_logits import target_logits_kernel
 from fastdpo.head import Head
 
-# Elements of a row that a program holds at once: 32 per thread, four 16-byte loads of 16-bit numbers in flight.
+# Elements of a row that a program holds at once: 32 per thread, four 16-byte loads of 16-bit
+# numbers in flight.
 _FORWARD_BLOCK, _BACKWARD_BLOCK, _DEPTH_BLOCK = 4096, 4096, 2048
 
 
@@ -25,8 +28,10 @@ def target_logits(
 ) -> Launch:
     inner, outer = curve(head)
     arguments = {
-        "hidden_ptr": hidden, "weight_ptr": head.weight, "bias_ptr": head.bias, "labels_ptr": labels,
-        "logit_ptr": logits, "hidden_stride": hidden.stride(0), "weight_stride": head.weight.stride(0),
+        "hidden_ptr": hidden, "weight_ptr": head.weight, "bias_ptr": head.bias,
+        "labels_ptr": labels,
+        "logit_ptr": logits, "hidden_stride": hidden.stride(0),
+        "weight_stride": head.weight.stride(0),
         "weight_depth_stride": head.weight.stride(1), "V": head.vocab_size, "D": hidden.shape[1],
         "inner": inner, "outer": outer, "BLOCK_D": _block(hidden.shape[1], _DEPTH_BLOCK),
     }  # fmt: skip
@@ -60,7 +65,8 @@ def logits_logps_backward(
     inner, outer = curve(head)
     block = _block(logits.shape[1], _BACKWARD_BLOCK)
     arguments = {
-        "grad_ptr": grad_logps, "logits_ptr": logits, "labels_ptr": labels, "lse_ptr": lse, "out_ptr": out,
+        "grad_ptr": grad_logps, "logits_ptr": logits, "labels_ptr": labels, "lse_ptr": lse,
+        "out_ptr": out,
         "row_stride": logits.stride(0), "column_stride": logits.stride(1),
         "out_row_stride": out.stride(0), "out_column_stride": out.stride(1), "V": logits.shape[1],
         "inner": inner, "outer": outer, "gain": head.gain, "BLOCK_V": block,
@@ -83,10 +89,12 @@ def sequence_loss(
     coefficients: Tensor,  # [2B] fp32
 ) -> Launch:
     arguments = {
-        "logps_ptr": logps, "offsets_ptr": offsets, "ref_ptr": ref_logps, "loss_ptr": loss, "sums_ptr": sums,
+        "logps_ptr": logps, "offsets_ptr": offsets, "ref_ptr": ref_logps, "loss_ptr": loss,
+        "sums_ptr": sums,
         "rewards_ptr": rewards, "coefficients_ptr": coefficients, "pairs": ref_logps.shape[0] // 2,
-        "beta": beta, "label_smoothing": label_smoothing, "AVERAGE": average, "INTERLEAVED": interleaved,
-        "BLOCK_B": 16, "BLOCK_T": 256,
+        "beta": beta, "label_smoothing": label_smoothing, "AVERAGE": average,
+        "INTERLEAVED": interleaved,
+        "BLOCK_B": 16, "BLOCK_T": 128,
     }  # fmt: skip
     return Launch(sequence_loss_kernel, (1,), arguments, warps=8)
 

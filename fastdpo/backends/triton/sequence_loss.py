@@ -1,12 +1,14 @@
-"""sequence_loss: token log-probabilities -> masked sums, DPO loss, rewards and coefficients, in one launch.
+"""sequence_loss: token log-probabilities -> masked sums, DPO loss, rewards and coefficients, in one
+launch.
 
-With h = logp − ref the log-ratio of a sequence, m = β (h_chosen − h_rejected) and label smoothing ε,
+With h = logp − ref the log-ratio of a sequence, m = β (h_chosen − h_rejected) and label smoothing
+ε,
 
     loss = −(1 − ε) log σ(m) − ε log σ(−m)         ∂loss/∂m = ε − σ(−m)
 
-One program does everything: the data is 4·N bytes, a few hundred kilobytes at most, and one program's order of
-additions is the same every time. Sums are carried in fp64 and start at each sequence's own first token, so that
-neither padding nor the rest of the batch can show.
+One program does everything: the data is 4·N bytes, a few hundred kilobytes at most, and one
+program's order of additions is the same every time. Sums are carried in fp64 and start at each
+sequence's own first token, so that neither padding nor the rest of the batch can show.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ def sequence_loss_kernel(
         if AVERAGE:
             weight_w /= tl.maximum(length_w, 1).to(tl.float64)
             weight_l /= tl.maximum(length_l, 1).to(tl.float64)
-        # Rounded before the reference is subtracted, as the reference was: equal models differ by exactly 0.
+        # Rounded before the reference is subtracted, as the reference was: equal models differ by
+        # exactly 0.
         sum_w = (sum_w * weight_w).to(dtype).to(tl.float64)
         sum_l = (sum_l * weight_l).to(dtype).to(tl.float64)
         reward_w = (sum_w - tl.load(ref_ptr + chosen, mask=mask, other=0.0).to(tl.float64)) * beta
