@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.demo.options import InputError
-from fastdpo.demo.pairs import Pair, Text
+from fastdpo.demo.pairs import Message, Pair
 
 Batch = dict[str, Tensor]
 
@@ -34,23 +34,29 @@ def texts(pair: Pair, tokenizer: Any) -> tuple[str, str, str]:
     Raises:
         InputError: the chat template does not continue its own prompt.
     """
+    parts = (pair.prompt, pair.chosen, pair.rejected)
     if not pair.conversational:
-        return pair.prompt, pair.chosen, pair.rejected  # type: ignore[return-value]
-    if tokenizer.chat_template is None:
-        prompt = "".join(f"{m['role']}: {m['content']}\n" for m in pair.prompt) + "assistant: "
-        chosen, rejected = (
-            "\n".join(message["content"] for message in answer)
-            for answer in (pair.chosen, pair.rejected)
-        )
+        prompt, chosen, rejected = (part for part in parts if isinstance(part, str))
         return prompt, chosen, rejected
-    prompt = tokenizer.apply_chat_template(pair.prompt, add_generation_prompt=True, tokenize=False)
-    return prompt, *(
-        _continuation(pair.prompt, answer, prompt, tokenizer)
-        for answer in (pair.chosen, pair.rejected)
+    messages, good, bad = (part for part in parts if isinstance(part, list))
+    if tokenizer.chat_template is None:
+        prompt = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "
+        return prompt, _contents(good), _contents(bad)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return (
+        prompt,
+        _continuation(messages, good, prompt, tokenizer),
+        _continuation(messages, bad, prompt, tokenizer),
     )
 
 
-def _continuation(prompt: Text, answer: Text, prompt_text: str, tokenizer: Any) -> str:
+def _contents(messages: list[Message]) -> str:
+    return "\n".join(message["content"] for message in messages)
+
+
+def _continuation(
+    prompt: list[Message], answer: list[Message], prompt_text: str, tokenizer: Any
+) -> str:
     whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
     if not whole.startswith(prompt_text):
         raise InputError("--data: the model's chat template changes the prompt once it is answered")

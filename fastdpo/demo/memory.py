@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,23 +37,22 @@ class Memory:
     eager: int
 
 
-def measure(model: nn.Module, batch: Batch, setting: Setting, label: str) -> Memory | None:
+def measure(model: Any, batch: Batch, setting: Setting, label: str) -> Memory | None:
     """Both peaks for one batch, or None where the device counts no bytes. Leaves no gradients."""
     if setting.device.type not in ("cpu", "cuda"):
         return None
     model.train()
-    peaks = []
-    # The first call of each is not measured: it probes the head and fills caches.
-    for loss in (
-        lambda: dpo_step(model, batch, setting).loss,
-        lambda: eager(model, batch, setting),
-    ):
-        for _ in range(2):
-            peak = peak_bytes(lambda loss=loss: loss().backward(), setting.device)
-            model.zero_grad(set_to_none=True)
-        peaks.append(peak)
+    ours = _step_peak(lambda: dpo_step(model, batch, setting).loss, model, setting)
+    theirs = _step_peak(lambda: eager(model, batch, setting), model, setting)
     vocab_size = model.get_output_embeddings().weight.shape[0]
-    return Memory(label, vocab_size, *peaks)
+    return Memory(label, vocab_size, fastdpo=ours, eager=theirs)
+
+
+def _step_peak(loss: Callable[[], Tensor], model: nn.Module, setting: Setting) -> int:
+    for _ in range(2):  # the first call probes the head and fills caches: it does not count
+        peak = peak_bytes(lambda: loss().backward(), setting.device)
+        model.zero_grad(set_to_none=True)
+    return peak
 
 
 def eager(model: nn.Module, batch: Batch, setting: Setting) -> Tensor:

@@ -107,7 +107,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def merged(model: nn.Module) -> Any:
+def merged(model: Any) -> Any:
     """The model with its adapters, where there are any, merged into its weights: to be saved."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 

@@ -80,12 +80,22 @@ class Options:
             raise InputError("--lr should be positive")
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype should be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.backend is not None and self.backend not in ("auto", *select.NAMES):
-            known = ", ".join(("auto", *select.NAMES))
-            raise InputError(f"--backend should be one of {known}, got {self.backend!r}")
+        self._check_backend()
         self._check_objective()
         self._check_device()
         self._check_output()
+
+    def _check_backend(self) -> None:
+        if self.backend is None or self.backend == "auto":
+            return
+        known = {entry.name: entry for entry in select.report()}
+        if self.backend not in known:
+            raise InputError(
+                f"--backend should be one of {', '.join(('auto', *known))}, got {self.backend!r}"
+            )
+        if not known[self.backend].available:
+            reason = known[self.backend].reason
+            raise InputError(f"--backend {self.backend} cannot be used here: {reason}")
 
     def _check_objective(self) -> None:
         offered = pair_objectives()

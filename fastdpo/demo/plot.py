@@ -28,7 +28,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "text.color": INK,
         "axes.edgecolor": GRAY,
@@ -46,8 +46,8 @@ def draw(
         "legend.frameon": False,
     }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(2, 3, figsize=(14, 7.6), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.04)
+        figure, axes = plt.subplots(2, 3, figsize=(14, 7.6))
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.04)
         figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold")
         _accuracy(axes[0, 0], evaluations)
         _rewards(axes[0, 1], metrics)
@@ -103,8 +103,8 @@ def _flaws(
         rows.insert(
             0, ("good answers\nwhen sampled", answers[0].share_good, answers[-1].share_good)
         )
-    names, before, after = zip(*rows, strict=True)
-    before, after = [100 * x for x in before], [100 * x for x in after]
+    names = [row[0] for row in rows]
+    before, after = ([100 * row[side] for row in rows] for side in (1, 2))
     places = range(len(names))
     ax.axvline(50, color=GRAY, linewidth=1, linestyle=(0, (4, 3)))
     ax.hlines(places, before, after, color=GRAY, linewidth=2, zorder=1)
@@ -112,7 +112,7 @@ def _flaws(
     ax.scatter(after, places, color=BLUE, s=55, label="after", zorder=3)
     ax.set_yticks(places, names)
     ax.set(xlim=(-3, 103), ylim=(-0.6, len(names) - 0.4), xlabel="%")
-    ax.set_title("Accuracy by what is wrong, before and after")
+    ax.set_title("Held-out pairs, by what is wrong")
     ax.grid(axis="y", visible=False)
     ax.legend(loc="upper left")
 

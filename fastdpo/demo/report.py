@@ -121,7 +121,7 @@ def memory_table(memory: Sequence[Memory], sequences: int, length: int) -> Table
 
 def answers_table(before: Answers, after: Answers, rows: int) -> Table:
     """Some prompts, those whose answer became a good one first."""
-    order = range(len(before.answers))
+    order = list(range(len(before.answers)))
     if before.good:
         order = sorted(order, key=lambda i: (before.good[i], not after.good[i]))
     table = Table(

@@ -207,14 +207,12 @@ def _measure_memory(
 
 
 def _show(console: Console, done: Run, batch: Sequence[Example], held_out: int) -> None:
+    (_, before), (_, after) = done.evaluations[0], done.evaluations[-1]
+    answers_before, answers_after = done.answers
     console.print()
-    console.print(report.answers_table(*done.answers, SHOWN))
+    console.print(report.answers_table(answers_before, answers_after, SHOWN))
     console.print(report.metrics_table(done.metrics))
-    console.print(
-        report.accuracy_table(
-            done.evaluations[0][1], done.evaluations[-1][1], *done.answers, held_out
-        )
-    )
+    console.print(report.accuracy_table(before, after, answers_before, answers_after, held_out))
     if done.memory:
         length = max(len(e.prompt_ids) + max(len(e.chosen_ids), len(e.rejected_ids)) for e in batch)
         console.print(report.memory_table(done.memory, 2 * len(batch), length))

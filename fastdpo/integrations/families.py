@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -30,66 +29,66 @@ class HeadRule:
 PLAIN = HeadRule()
 
 
-def _text_config(model: nn.Module):
+def _text_config(model: Any) -> Any:
     """The configuration of the language model, which a multimodal one keeps inside its own."""
     return model.config.get_text_config()
 
 
-def _softcap(model: nn.Module) -> HeadRule:
+def _softcap(model: Any) -> HeadRule:
     return HeadRule(softcap=_text_config(model).final_logit_softcapping)
 
 
-def _divided(model: nn.Module) -> HeadRule:
+def _divided(model: Any) -> HeadRule:
     return HeadRule(scale=1.0 / _text_config(model).logits_scaling)
 
 
-def _cohere(model: nn.Module) -> HeadRule:
+def _cohere(model: Any) -> HeadRule:
     return HeadRule(scale=1.0 if model.logit_scale is None else float(model.logit_scale))
 
 
-def _hyperclovax(model: nn.Module) -> HeadRule:
+def _hyperclovax(model: Any) -> HeadRule:
     return HeadRule(scale=float(_text_config(model).logits_scaling))
 
 
-def _falcon_h1(model: nn.Module) -> HeadRule:
+def _falcon_h1(model: Any) -> HeadRule:
     return HeadRule(scale=float(model.model.lm_head_multiplier))
 
 
-def _minicpm3(model: nn.Module) -> HeadRule:
+def _minicpm3(model: Any) -> HeadRule:
     return HeadRule(hidden_scale=1.0 / model.config.logits_scaling)
 
 
-def _recurrent_gemma(model: nn.Module) -> HeadRule:
+def _recurrent_gemma(model: Any) -> HeadRule:
     return HeadRule(softcap=model.config.logits_soft_cap)
 
 
-def _xlstm(model: nn.Module) -> HeadRule:
+def _xlstm(model: Any) -> HeadRule:
     return HeadRule(softcap=model.config.output_logit_soft_cap)
 
 
-def _inkling(model: nn.Module) -> HeadRule:
+def _inkling(model: Any) -> HeadRule:
     return HeadRule(vocab_size=_text_config(model).unpadded_vocab_size)
 
 
-def _inkling2(model: nn.Module) -> HeadRule:
+def _inkling2(model: Any) -> HeadRule:
     config = _text_config(model)
     return HeadRule(softcap=config.final_logit_softcapping, vocab_size=config.unpadded_vocab_size)
 
 
-def _mistral_large4(model: nn.Module) -> HeadRule:
+def _mistral_large4(model: Any) -> HeadRule:
     return HeadRule(softcap=model.final_logit_softcapping)
 
 
-def _paligemma(model: nn.Module) -> HeadRule:
+def _paligemma(model: Any) -> HeadRule:
     return HeadRule(softcap=getattr(_text_config(model), "final_logit_softcapping", None))
 
 
-def _muse(model: nn.Module) -> HeadRule:
+def _muse(model: Any) -> HeadRule:
     config = _text_config(model)
     return HeadRule(scale=float(config.output_multiplier), softcap=config.final_logit_softcapping)
 
 
-FAMILIES: dict[str, Callable[[nn.Module], HeadRule]] = {
+FAMILIES: dict[str, Callable[[Any], HeadRule]] = {
     # softcap(lm_head(h)), with cap · tanh(· / cap)
     "BeamForCausalLM": _softcap,
     "Gemma2ForCausalLM": _softcap,
@@ -137,7 +136,7 @@ FAMILIES: dict[str, Callable[[nn.Module], HeadRule]] = {
 }
 
 
-def head_rule(model: nn.Module) -> HeadRule:
+def head_rule(model: Any) -> HeadRule:
     """The rule of an unwrapped causal language model; PLAIN where its family has no entry."""
     for cls in type(model).__mro__:
         if cls.__name__ in FAMILIES:

@@ -16,7 +16,7 @@ class UnsupportedModel(ValueError):
     """The model's head cannot be described exactly; the message says why."""
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: nn.Module) -> Any:
     """The Hugging Face causal language model inside its wrappers."""
     lm = _innermost(model)
     if not callable(getattr(lm, "get_output_embeddings", None)) or not hasattr(lm, "config"):
@@ -26,7 +26,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return lm
 
 
-def output_head(lm: nn.Module) -> nn.Module:
+def output_head(lm: Any) -> nn.Module:
     """The module that maps hidden states to the vocabulary."""
     head = lm.get_output_embeddings()
     if not isinstance(head, nn.Module):
@@ -54,7 +54,7 @@ def _innermost(model: nn.Module) -> nn.Module:
     return model
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _inner(model: Any) -> nn.Module:
     if isinstance(model, DistributedDataParallel):
         return model.module
     if _is_peft(model):
