@@ -26,7 +26,7 @@ from benchmarks.runner import why_not
 from benchmarks.scenarios import DTYPES, HEADS, Scenario
 
 LENGTHS = (512, 2048, 8192)
-_DEFAULT_HEAD = {"cpu": "mistral-vocab-d1024", "cuda": "llama-3-8b"}
+_DEFAULT_HEAD = {"cpu": "mistral-vocab-d256", "cuda": "llama-3-8b"}
 
 
 def measure(

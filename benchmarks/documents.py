@@ -33,6 +33,11 @@ def document(
     return made
 
 
+def origin(env: dict[str, Any]) -> str:
+    """The commit in short; "+" where the code had changes that it does not hold."""
+    return (env["commit"]["id"] or "unknown")[:10] + ("+" if env["commit"]["modified"] else "")
+
+
 def validate(doc: dict[str, Any]) -> None:
     """Raises ValueError where `doc` is not what this module describes."""
     if doc.get("schema") != SCHEMA or doc.get("kind") not in KINDS:
@@ -55,13 +60,18 @@ def validate(doc: dict[str, Any]) -> None:
                 raise ValueError(f"{row['provider']}: {name} should have median, p20 and p80")
 
 
-def save(doc: dict[str, Any], path: Path, append: bool = False) -> None:
-    """Write `doc`; with `append`, scenarios that `path` has and `doc` has not are kept."""
+def save(doc: dict[str, Any], path: Path, append: bool = False) -> dict[str, Any]:
+    """Write `doc`, each row with its commit, and return what was written; with `append`, scenarios
+    that `path` has and `doc` has not are kept.
+    """
+    for row in doc["results"]:
+        row.setdefault("commit", origin(doc["environment"]))
     if append and path.exists():
         doc = merged(load(path), doc)
     validate(doc)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(doc, indent=1, allow_nan=False) + "\n")
+    return doc
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -74,9 +84,9 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`old` with the scenarios of `new` added, or replaced where it has them.
 
     Raises:
-        ValueError: where kind, hardware, versions or commit differ: one document, one origin.
+        ValueError: where kind, hardware or versions differ; commits may, and stand in the rows.
     """
-    same = ("hardware", "packages", "commit")
+    same = ("hardware", "packages")
     differ = [key for key in same if old["environment"][key] != new["environment"][key]]
     if old["kind"] != new["kind"] or differ:
         raise ValueError(f"documents should agree in kind, {', '.join(same)}, got another {differ}")

@@ -30,6 +30,7 @@ HEADS = {
     "llama-3-vocab-d896": HeadShape(896, 128_256),
     "llama-3-vocab-d512": HeadShape(512, 128_256),
     "mistral-vocab-d1024": HeadShape(1024, 32_768),
+    "mistral-vocab-d256": HeadShape(256, 32_768),
     "gemma-2-vocab-d256": HeadShape(256, 256_000, 30.0),
     "tiny": HeadShape(48, 515),
     "tiny-softcap": HeadShape(48, 515, 5.0),

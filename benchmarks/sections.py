@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.documents import origin
 from benchmarks.environment import describe
+from benchmarks.promises import by_dtype
 from benchmarks.tables import amount, duration
 
 # The columns of the loss table: every peer once, in its best known form per device.
@@ -97,7 +99,7 @@ def workspace(doc: dict[str, Any]) -> str:
         cells = duration(r["seconds"]["median"]), f"{r['multiple_of_floor']:.2f}"
         lines.append(_row(r["scenario"]["dtype"], r["provider"], *cells, amount(r["extra_bytes"])))
     lines.append("")
-    for dtype, promises in doc["protocol"]["promises"].items():
+    for dtype, promises in by_dtype(doc["results"]).items():
         told = (
             f"{p['promise']} {p['measured']:.2f} (at most {p['limit']:g}: "
             f"{'kept' if p['kept'] else '**not kept**'})"
@@ -225,8 +227,9 @@ def by_scenario(doc: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _source(doc: dict[str, Any]) -> str:
     env = doc["environment"]
-    commit = (env["commit"]["id"] or "unknown")[:10] + ("+" if env["commit"]["modified"] else "")
-    return f"{describe(env)}; PyTorch {env['packages']['torch']}; commit {commit}."
+    here = origin(env)
+    commits = ", ".join(dict.fromkeys(r.get("commit", here) for r in doc["results"])) or here
+    return f"{describe(env)}; PyTorch {env['packages']['torch']}; commit {commits}."
 
 
 def _number(errors: dict[str, Any] | None, norm: str) -> str:

@@ -20,6 +20,7 @@ from benchmarks.environment import default_device, describe, environment
 from benchmarks.floor import products
 from benchmarks.inputs import make_inputs
 from benchmarks.measure import Protocol, interleaved, quantiles
+from benchmarks.promises import promises
 from benchmarks.providers import BASELINES, EVERYTHING, FastDPO, Provider
 from benchmarks.scenarios import DTYPES, HEADS, Scenario
 
@@ -69,24 +70,6 @@ def measure(
     return rows
 
 
-def promises(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the default and the empty workspace promise, against what was measured."""
-    by_name = {r["provider"]: r for r in rows}
-    eager, default, empty = by_name["eager"], by_name["default"], by_name["0 of E"]
-    found = []
-    for text, ratio, limit in (
-        ("default: memory / eager's", default["extra_bytes"] / eager["extra_bytes"], 0.25),
-        (
-            "default: time / eager's",
-            default["seconds"]["median"] / eager["seconds"]["median"],
-            1.0,
-        ),
-        ("workspace 0: memory / eager's", empty["extra_bytes"] / eager["extra_bytes"], 0.1),
-    ):
-        found.append({"promise": text, "limit": limit, "measured": ratio, "kept": ratio <= limit})
-    return found
-
-
 def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -122,6 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="write OUT.json, OUT.csv and OUT.png (no suffix here)"
     )
+    parser.add_argument("--append", action="store_true", help="add to OUT.json")
     return parser.parse_args()
 
 
@@ -130,21 +114,17 @@ def main() -> None:
     protocol = Protocol(min_rounds=args.rounds, max_rounds=args.rounds)
     env = environment(args.device)
     rows: list[dict[str, Any]] = []
-    kept: dict[str, list[dict[str, Any]]] = {}
     for dtype in args.dtypes:
         scenario = Scenario(args.head, args.tokens, dtype=dtype)
         with tables.progress(scenario.name) as tick:
             measured = measure(scenario, args.device, protocol, tick=tick)
         rows += measured
-        kept[dtype] = promises(measured)
-        tables.workspace(scenario, measured, kept[dtype], describe(env))
-    extra = {"memory": memory.METHOD[args.device.type], "promises": kept}
-    doc = documents.document(
-        "workspace", "Time and memory against the workspace", env, protocol.as_dict() | extra, rows
-    )
+        tables.workspace(scenario, measured, promises(measured), describe(env))
+    how = {"memory": memory.METHOD[args.device.type], **protocol.as_dict()}
+    doc = documents.document("workspace", "Time and memory against the workspace", env, how, rows)
     if args.out:
-        documents.save(doc, args.out.with_suffix(".json"))
-        save_csv(rows, args.out.with_suffix(".csv"))
+        doc = documents.save(doc, args.out.with_suffix(".json"), args.append)
+        save_csv(doc["results"], args.out.with_suffix(".csv"))
         plots.workspace(doc, args.out.with_suffix(".png"))
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks import documents, plots, report, sections, workspace
 from benchmarks.environment import environment
 from benchmarks.measure import Deadline, Protocol
+from benchmarks.promises import by_dtype
 from benchmarks.runner import run_scenario
 from benchmarks.scenarios import Scenario
 
@@ -100,6 +101,9 @@ def test_documents_grow_by_scenario_and_keep_one_origin(loss_doc, tmp_path):
     documents.save(other, path, append=True)
     documents.save(other, path, append=True)
     assert len(documents.load(path)["results"]) == 2 * len(loss_doc["results"])
+    assert {r["commit"] for r in documents.load(path)["results"]} == {
+        documents.origin(loss_doc["environment"])
+    }
     elsewhere = {**loss_doc, "environment": {**loss_doc["environment"], "hardware": {}}}
     with pytest.raises(ValueError, match="hardware"):
         documents.merged(loss_doc, elsewhere)
@@ -169,13 +173,12 @@ def test_the_workspace_sweep_and_its_plots(tmp_path, monkeypatch):
     assert [r["provider"] for r in rows] == ["eager", "default", "0 of E", "0.5 of E", "1 of E"]
     assert rows[3]["workspace_bytes"] == 64 * 515 * 4 // 2
     promises = workspace.promises(rows)
+    assert promises == by_dtype(rows)["fp32"]
     assert [p["measured"] for p in promises[::2]] == [1.0, 1.0]
     assert not promises[0]["kept"]
     workspace.save_csv(rows, tmp_path / "w.csv")
     assert len((tmp_path / "w.csv").read_text().splitlines()) == 1 + len(rows)
-    doc = documents.document(
-        "workspace", "Workspace", environment(CPU), {"promises": {"fp32": promises}}, rows
-    )
+    doc = documents.document("workspace", "Workspace", environment(CPU), {}, rows)
     plots.workspace(doc, tmp_path / "w.png")
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     assert "**not kept**" in report.render({"cpu-workspace": doc})
