@@ -55,6 +55,8 @@ def read_head(model: nn.Module) -> Head:
 def bind_head(
     lm: nn.Module,
     hidden: Tensor,  # [..., D]
+    *,
+    with_dropout: bool = True,
 ) -> tuple[Tensor, Head]:  # [..., D + r]
     """The head of an unwrapped model together with the hidden states that it multiplies."""
     module = _resolve(output_head(lm))
@@ -68,7 +70,8 @@ def bind_head(
             hiddens.append(hidden.new_zeros(*hidden.shape[:-1], lora_a.weight.shape[0]))
             weights.append(head.weight.new_zeros(lora_b.weight.shape))
             continue
-        projected = lora_a(dropout(hidden.to(lora_a.weight.dtype))) * scaling  # [..., r]
+        taken = hidden.to(lora_a.weight.dtype)
+        projected = lora_a(dropout(taken) if with_dropout else taken) * scaling  # [..., r]
         hiddens.append(projected.to(hidden.dtype))
         weights.append(lora_b.weight.to(head.weight.dtype))
         bias = _plus_bias(bias, lora_b, scaling)

@@ -59,7 +59,7 @@ def verify(
     Raises:
         UnsupportedModel: the logits differ.
     """
-    rows, head = bind_head(lm, rows[0])
+    rows, head = bind_head(lm, rows[0], with_dropout=False)
     logits = logits[0].to(head.weight.device)
     name = type(lm).__name__
     if logits.shape != (rows.shape[0], head.vocab_size):
