@@ -85,6 +85,7 @@ class Resources:
     kernel: str
     variant: str
     tile: str
+    group: int  # row tiles that share a strip of the weight, or 0
     warps: int
     stages: int
     registers: int
@@ -95,7 +96,7 @@ class Resources:
     bulk_stores: int
     exponentials: int
     instructions: int
-    layout: str  # of the products among warps and registers
+    layout: str  # of what is summed over columns, among registers, lanes and warps
 
 
 def exp_logits_launches(arch: str, variant: Variant) -> list[Launch]:
@@ -161,10 +162,11 @@ def describe(arch: str, launch: Launch, compiled: CompiledKernel, variant: str) 
         kernel=compiled.metadata.name,
         variant=variant,
         tile="×".join(str(size) for size in shape if size is not None),
+        group=launch.arguments.get("GROUP", 0),
         warps=launch.warps,
         stages=launch.stages,
         shared=compiled.metadata.shared,
-        layout=_product_layout(compiled.asm["ttgir"]),
+        layout=_sum_layout(compiled.asm["ttgir"]),
         **read(compiled.asm, TENSOR_CORE[arch]),
     )
 
@@ -301,7 +303,8 @@ def _amd_binary(asm: dict[str, Any], tensor_core: str) -> dict[str, int]:
     opcodes = re.findall(r"^\t([a-z]+_\w+)", text, re.MULTILINE)
     return {
         "registers": field("vgpr_count"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        # Scalar registers spill into lanes of vector registers, which is no memory.
+        "spills": field("vgpr_spill_count") + field("private_segment_fixed_size"),
         "tensor_cores": sum(opcode.startswith(tensor_core) for opcode in opcodes),
         "bulk_loads": 0,
         "bulk_stores": 0,
@@ -310,12 +313,11 @@ def _amd_binary(asm: dict[str, Any], tensor_core: str) -> dict[str, int]:
     }
 
 
-def _product_layout(ttgir: str) -> str:
-    """The layout of the products: the matrix instruction's, or the register layout of an fma
-    dot.
-    """
-    named = re.search(r"^#mma\w* = (.+)$", ttgir, re.MULTILINE)
-    return named[1] if named else ""
+def _sum_layout(ttgir: str) -> str:
+    """How the entries that are summed over columns lie among registers, lanes and warps."""
+    reduced = re.findall(r"axis = 1 : i32\}.*?\(tensor<\d+x\d+xf32, #(\w+)>\)", ttgir, re.DOTALL)
+    named = dict(re.findall(r"^#(\w+) = (.+)$", ttgir, re.MULTILINE))
+    return "; ".join(sorted({named[name] for name in reduced}))
 
 
 def _output(*command: str | Path) -> str:
