@@ -352,8 +352,12 @@ class _HiddenGradient:
             self._sum = self._x.new_zeros(self._x.shape, dtype=self._coefficients.dtype)
         if e.dtype == self._sum.dtype:
             self._sum.addmm_(e, weight)
-        else:
+        elif _widens(e):
             self._sum += _wide_product(e, weight)
+        else:  # operands are widened first, a few columns at a time
+            width = recompute_columns(e.shape[0], e.shape[1], self._sum)
+            for part, rows in zip(e.split(width, 1), weight.split(width), strict=True):
+                self._sum.addmm_(part.to(self._sum.dtype), rows.to(self._sum.dtype))
 
     def finish(self) -> Tensor:
         assert self._sum is not None
