@@ -438,7 +438,8 @@ def _statistic(
         mean = head.weight.mean(0, dtype=logps.dtype)
         u = x.to(logps.dtype) @ mean
         return head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
-    assert name == "is_top1" and sums.top is not None
+    assert name == "is_top1"
+    assert sums.top is not None
     return state.target >= sums.top
 
 
