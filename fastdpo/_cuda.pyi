@@ -1,8 +1,9 @@
-"""The compiled CUDA C++ extension: kernels on raw device pointers (integers), sizes and strides in elements.
+"""The compiled CUDA C++ extension: kernels on raw device pointers (integers), sizes and strides in
+elements.
 
 Pointers that may be left out are 0. Every function queues its work on `stream` of `device` and
-returns without waiting. A bad argument is a ValueError that begins with the argument's name; a CUDA error is a
-RuntimeError that begins with the kernel's.
+returns without waiting. A bad argument is a ValueError that begins with the argument's name; a CUDA
+error is a RuntimeError that begins with the kernel's.
 """
 
 FLOAT32: int
