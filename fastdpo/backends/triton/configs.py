@@ -40,6 +40,7 @@ class Tile:
 
 
 _PLAIN = Tile(64, 128, 32, warps=8, stages=2)
+_PLAIN_FP32 = Tile(32, 32, 32, warps=4, stages=2)
 _TF32 = Tile(128, 128, 32, warps=8, stages=2, chunks=2)
 _IEEE = Tile(64, 64, 16, warps=4, stages=3)
 
@@ -136,11 +137,11 @@ def pick(arch: str, kind: str, softcap: bool) -> Tile:
 
 
 def pick_plain(arch: str, kind: str) -> Tile:
-    """The tile for flagged rows, and for tensors whose rows do not all start at 16-byte
-    multiples.
-    """
+    """The tile for flagged rows, and where rows do not all start at 16-byte multiples."""
     table = _table(arch)
-    return table["plain"] if kind == "half" else pick(arch, kind, False)
+    if kind == "tf32" and kind in table:
+        return table[kind]
+    return table["plain"] if kind == "half" else _PLAIN_FP32
 
 
 def _table(arch: str) -> dict[str, Tile]:

@@ -14,6 +14,18 @@ from fastdpo.backends.triton.language import exponential, head_curve
 
 
 @triton.jit
+def _absorb(
+    z,  # [BLOCK_V] fp32: the next logits
+    top,  # [1] the largest so far
+    total,  # [BLOCK_V] Σ exp(z − top) so far, lane by lane
+):
+    higher = tl.maximum(top, tl.max(z, 0))
+    # While every logit so far is −inf there is nothing to rescale, and −inf − (−inf) would be NaN.
+    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, tl.fma(total, exponential(top - anchor), exponential(z - anchor))
+
+
+@triton.jit
 def logits_logps_kernel(
     logits_ptr,  # [N, V]
     labels_ptr,  # [N] int
@@ -40,18 +52,18 @@ def logits_logps_kernel(
     own *= factor
     top = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, V, BLOCK_V):
+    whole = V // BLOCK_V * BLOCK_V
+    for start in range(0, whole, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
+        u = tl.load(logits + columns.to(tl.int64) * column_stride)
+        t, factor = head_curve(u.to(tl.float32), inner, outer)
+        top, total = _absorb(t * factor, top, total)
+    if whole < V:  # the only block that needs a mask
+        columns = whole + tl.arange(0, BLOCK_V)
         mask = columns < V
         u = tl.load(logits + columns.to(tl.int64) * column_stride, mask=mask, other=0.0)
         t, factor = head_curve(u.to(tl.float32), inner, outer)
-        z = tl.where(mask, t * factor, float("-inf"))
-        higher = tl.maximum(top, tl.max(z, 0))
-        # While every logit so far is −inf there is nothing to rescale, and −inf − (−inf) would be
-        # NaN.
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        total = tl.fma(total, exponential(top - anchor), exponential(z - anchor))
-        top = higher
+        top, total = _absorb(tl.where(mask, t * factor, float("-inf")), top, total)
     log_total = tl.log(tl.sum(tl.reshape(total, (1, BLOCK_V)), 1))
     tl.store(lse_ptr + row + one, top + log_total)
     # (z_y − max) − log Σ rather than z_y − lse: the first difference is exact where they are close.

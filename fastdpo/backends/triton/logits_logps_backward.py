@@ -36,7 +36,7 @@ def logits_logps_backward_kernel(
     mask = columns < V
     wide = columns.to(tl.int64)
     out = out_ptr + row * out_row_stride + wide * out_column_stride
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + row).to(tl.int32)
     if label < 0:
         tl.store(out, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=mask)
         return
