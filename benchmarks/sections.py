@@ -110,8 +110,9 @@ def workspace(doc: dict[str, Any]) -> str:
 
 
 def accuracy(doc: dict[str, Any]) -> str:
-    longest = max(r["scenario"]["tokens"] for r in doc["results"])
-    rows = [r for r in doc["results"] if r["scenario"]["tokens"] == longest]
+    measured = [r for r in doc["results"] if r["status"] == "ok"] or doc["results"]
+    longest = max(r["scenario"]["tokens"] for r in measured)
+    rows = [r for r in measured if r["scenario"]["tokens"] == longest]
     scenario = rows[0]["scenario"]
     lines = [
         f"**Accuracy** against {rows[0]['oracle']}, {scenario['head']}, {scenario['dtype']}, one "
