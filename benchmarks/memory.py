@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def on_cpu(provider: Provider, scenario: Scenario, timeout: float | None = None)
     Raises:
         RuntimeError: with the last line that the process wrote, where it failed.
     """
-    request: dict[str, object] = {"scenario": scenario.as_dict(), "provider": provider.name}
+    request: dict[str, Any] = {"scenario": scenario.as_dict(), "provider": provider.name}
     if isinstance(provider, FastDPO):
         request |= {"backend": provider.backend, "workspace": provider.workspace}
     done = subprocess.run(
@@ -79,7 +80,7 @@ def on_cpu(provider: Provider, scenario: Scenario, timeout: float | None = None)
     return json.loads(done.stdout.strip().splitlines()[-1])["extra_bytes"]
 
 
-def _provider(request: dict[str, object]) -> Provider:
+def _provider(request: dict[str, Any]) -> Provider:
     from benchmarks.providers import by_name
 
     if "workspace" in request:  # any workspace, not only the registry's
@@ -87,7 +88,7 @@ def _provider(request: dict[str, object]) -> Provider:
     return by_name([request["provider"]])[0]
 
 
-def _measure(request: dict[str, object]) -> int:
+def _measure(request: dict[str, Any]) -> int:
     scenario = from_dict(request["scenario"])
     provider, device = _provider(request), torch.device("cpu")
     inputs = make_inputs(scenario, device)

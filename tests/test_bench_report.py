@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import documents, plots, report, sections, workspace
+from benchmarks import accuracy, documents, plots, report, sections, workspace
 from benchmarks.environment import environment
 from benchmarks.measure import Deadline, Protocol
 from benchmarks.promises import by_dtype
@@ -146,6 +146,17 @@ def test_the_readmes_figures_are_those_of_the_results():
 
 def test_every_kind_of_document_has_a_section():
     assert set(sections.RENDER) == set(documents.KINDS)
+
+
+def test_the_accuracy_section_shows_the_longest_sequences_that_were_measured():
+    shown = accuracy.measure(Scenario("tiny", 32, sequences=2), CPU, ["fastdpo", "eager"])
+    late = accuracy.measure(
+        Scenario("tiny", 64, sequences=2), CPU, ["fastdpo"], deadline=Deadline(0.0)
+    )
+    doc = documents.document("accuracy", "Accuracy", environment(CPU), {}, shown + late)
+    section = report.render({"cpu-accuracy": doc})
+    assert section.count("| `fastdpo` | peaked |") == 1
+    assert f"{shown[1]['sequence_nats']['max']:.1e}" in section
 
 
 def test_kernels_section():
