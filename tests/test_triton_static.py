@@ -22,8 +22,10 @@ from fastdpo.backends.triton.ahead import (
     SHARED_LIMIT,
     TENSOR_CORE,
     Resources,
+    variants,
 )
 from fastdpo.backends.triton.configs import CONFIGS, pick, supported_arch
+from fastdpo.backends.triton.exp_logits import STATS
 
 ESSENTIAL = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 BULK = ("sm_90", "sm_100")  # architectures with a tensor memory accelerator and a tile for it
@@ -128,6 +130,17 @@ def test_few_rows_are_added_in_the_same_order():
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a not in ESSENTIAL])
 def test_the_other_architectures(arch):
     sound(_compile(arch))
+
+
+@pytest.mark.slow
+def test_statistics_and_ragged_vocabularies():
+    every = "+".join(STATS)
+    names = [f"half+out+{s}" for s in (*STATS, every)] + [f"half+{every}", "half+out+bias+ragged"]
+    found = _compile("sm_90", "--only", *names)
+    sound(found)
+    assert [k.variant for k in found if k.kernel == MAIN[0]] == [
+        str(v) for v in variants("sm_90", True) if str(v) in names
+    ]
 
 
 def test_every_architecture_is_described():

@@ -1,15 +1,15 @@
-"""The primitives as Triton kernels, for NVIDIA GPUs from Ampere on and AMD's MI300; the contract is
-`fastdpo.backends`.
+"""The primitives as Triton kernels, for NVIDIA GPUs from Ampere on and AMD's MI300.
 
-    target_logits.py, exp_logits_*.py, reduce_sums.py      hidden and head -> label logits,
-    exponentials, their sums
-    logits_logps.py, logits_logps_backward.py              materialized logits
-    sequence_loss.py                                       log-probabilities -> the DPO sigmoid loss
-    epilogue.py, language.py                               what kernels share
-    exp_logits.py, row_launches.py, launch.py              which kernels a primitive launches, with
-    what
-    configs.py, autotune.py                                tile shapes per architecture
-    ops.py                                                 the same as torch.library ops
+The contract is `fastdpo.backends`.
+
+    target_logits.py, exp_logits_*.py, reduce_sums.py   hidden, head -> logits, exponentials, sums
+    logits_logps.py, logits_logps_backward.py           materialized logits
+    sequence_loss.py                                    log-probabilities -> the DPO sigmoid loss
+    epilogue.py, language.py                            what kernels share
+    exp_logits.py, row_launches.py, launch.py           what a primitive launches, and with what
+    configs.py, autotune.py                             tile shapes per architecture
+    ahead.py                                            compiling for GPUs that are not there
+    ops.py                                              the same as torch.library ops
 
 Importing this imports triton; `fastdpo` itself does not.
 """
@@ -90,6 +90,7 @@ def exp_logits(
     stats: tuple[str, ...] = (),
 ) -> ExpSums:
     asked = [name for name in STATS if name in stats]
+    out = out if out is not None and out.shape[1] else None
     entry = None if out is None else label_entry
     new_anchor, sums = ops.exp_logits(
         _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, out, entry, ",".join(asked)
@@ -140,6 +141,11 @@ def _flat(head: Head) -> tuple[Tensor, Tensor | None, float, float | None, float
     return head.weight, head.bias, head.scale, head.softcap, head.temperature
 
 
-def _rows(hidden: Tensor) -> Tensor:
+def _rows(hidden: Tensor) -> Tensor:  # [N, D] -> [N, D]
     """hidden with contiguous rows, which it has already unless the caller sliced D."""
-    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    if hidden.stride(1) != 1:
+        return hidden.contiguous()
+    if hidden.shape[0] == 1:
+        # One row's stride means nothing and may be anything; the tile is chosen by it.
+        return hidden[0].unsqueeze(0)
+    return hidden

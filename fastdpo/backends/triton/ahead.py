@@ -203,13 +203,21 @@ def variants(arch: str, thorough: bool) -> list[Variant]:
     return list(dict.fromkeys(essential + shipped + more))
 
 
-def report(archs: Iterable[str], thorough: bool) -> Iterator[Resources]:
-    """Every kernel of every variant; a binary that two variants share is listed once."""
+def report(archs: Iterable[str], thorough: bool, only: Iterable[str] = ()) -> Iterator[Resources]:
+    """Every kernel of every variant, or of those that `only` names.
+
+    A binary that two variants share is listed once.
+    """
+    named = set(only)
     for arch in archs:
         seen: set[str] = set()
-        for variant in variants(arch, thorough):
+        for variant in variants(arch, thorough or bool(named)):
+            if named and str(variant) not in named:
+                continue
             for launch in exp_logits_launches(arch, variant):
                 yield from _unless_seen(seen, arch, launch, str(variant))
+        if named:
+            continue
         for dtype in (torch.bfloat16, torch.float32) if thorough else (torch.bfloat16,):
             for softcap in (False, True) if thorough else (False,):
                 name = str(dtype).removeprefix("torch.") + ("+softcap" if softcap else "")
@@ -330,10 +338,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--all", action="store_true", help="every shipped combination")
+    parser.add_argument("--only", nargs="+", default=[], help="these variants, as --all calls them")
     options = parser.parse_args(arguments)
     if interpreted():
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
-    for resources in report(options.arch, options.all):
+    for resources in report(options.arch, options.all, options.only):
         print(json.dumps(asdict(resources)), flush=True)
     return 0
 

@@ -1,5 +1,4 @@
-"""The tile shapes of exp_logits per architecture, as they ship. `FASTDPO_AUTOTUNE=1` prints lines
-for this table.
+"""The tile shapes of exp_logits per architecture; `FASTDPO_AUTOTUNE=1` prints lines for this table.
 
 A row's result may not depend on how many rows there are. Its additions over D follow BLOCK_D and
 the tensor core instruction's shape along D, those over V follow the tile's columns, the chunks, and
@@ -8,8 +7,8 @@ how warps share the columns; none of it depends on a tile's rows. So for few row
 layouts and compares them. (That a matrix instruction of one shape adds a row's products in an order
 that ignores the other rows is the hardware's promise, not ours to prove.)
 
-Resources of each line, and what compiling it for its architecture gives: `python -m
-    benchmarks.kernels --static`.
+What compiling each line for its architecture gives: `python -m benchmarks.kernels --static`. None
+of them has been timed yet.
 """
 
 from __future__ import annotations

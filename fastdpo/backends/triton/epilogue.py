@@ -5,7 +5,7 @@
 Per element without statistics: one fma, a compare and a select, a multiplication, an exponential,
 an addition, and half a conversion where E is stored. The label's own entry of E is not this code's
 business: one scattered store per row, after the sums are known (`reduce_sums`), is cheaper than a
-    select per entry.
+select per entry.
 
 A tile is taken in CHUNKS of columns, one after the other, so that e, d and the slope are alive for
 a part of it only. Whatever is asked for, the chunks and the order of the sums are the same.

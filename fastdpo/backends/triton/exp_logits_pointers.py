@@ -1,5 +1,4 @@
-"""exp_logits through plain pointers: any strides and alignments, fp32, and GPUs without
-descriptors.
+"""exp_logits through plain pointers: GPUs without descriptors, fp32, any strides and alignments.
 
 One program per tile. Operations and bytes are those of `exp_logits_tma`.
 """

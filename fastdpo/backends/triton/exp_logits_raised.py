@@ -1,12 +1,11 @@
-"""exp_logits again, for the rows that the first pass flagged: their maxima, then their exponentials
-anchored there.
+"""exp_logits again, for the rows that the first pass flagged: once for their maxima, once anchored
+there.
 
-A label so unlikely that Σ exp(z − a − 40) leaves the range of fp32 must come out exact, and no one
-on the host may look at the flags to find out whether there is one. So these launches always happen,
-and their few programs read the N flags (N bytes each) and end; where a row is flagged they do its
-row tile's product again, twice over
-all: 4·BLOCK_M·V·D operations per such tile. Rows of the tile that are not flagged are computed and
-    not stored.
+A label so unlikely that Σ exp(z − a) leaves the range of fp32 must come out exact, and no one on
+the host may look at the flags to find out whether there is one. So these launches always happen:
+their few programs read the N flags, N bytes each, and end. Where a row is flagged they do its row
+tile's product again, in all 4·BLOCK_M·V·D operations and 2·s·V·D bytes of the weight for every such
+tile. Rows of the tile that are not flagged are computed and not stored.
 """
 
 from __future__ import annotations

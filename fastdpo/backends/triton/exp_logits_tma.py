@@ -4,11 +4,11 @@ One program per processor walks over tiles of [BLOCK_M, BLOCK_V]; with FLATTEN t
 and the loop over D are one, so that the copies of the next tile's operands run under this tile's
 epilogue.
 
-Operations 2·N·V·D on the tensor cores and about 7·N·V in the epilogue, on other units: 5 % of the
-product's time at D = 4096 on an H100, since 128 × 256 exponentials take 2,048 of a tile's 65,536
-cycles. Bytes, for 16-bit inputs: hidden 2·N·D and weight 2·V·D·⌈N / (GROUP · BLOCK_M)⌉ read from
-memory (a group's rows stay in L2), E 2·N·K written, and 4·N·⌈V / BLOCK_V⌉ for each quantity summed:
-E's store is 2 / (2·D) of a byte per operation, hidden by any D ≥ 1024.
+Operations: 2·N·V·D on the tensor cores, and about 7·N·V on other units in the epilogue, 3 to 5 % of
+the product's time at D = 4096 on an H100 (128 × 256 exponentials take 2,048 of a tile's 65,536
+cycles). Bytes, for 16-bit inputs: hidden 2·N·D and weight 2·V·D·⌈N / (GROUP · BLOCK_M)⌉ read from
+memory, as a group's rows stay in L2; E 2·N·K written, which is 1/D of a byte per operation, 0.2
+TB/s at full speed and D = 4096; and 4·N·⌈V / BLOCK_V⌉ for each quantity summed.
 """
 
 from __future__ import annotations

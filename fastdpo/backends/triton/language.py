@@ -2,7 +2,7 @@
 
 Every product followed by a sum is an explicit fma, and launches turn the compiler's own contraction
 off: a sum must not change to the bit because the exponentials are also stored, or because a
-    statistic is asked for.
+statistic is asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""A kernel launch as a value: the same list is run on a GPU or in the interpreter, and compiled
-ahead of time by tests.
-"""
+"""A kernel launch as a value: run on a GPU or in the interpreter, or compiled ahead of time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The primitives as `torch.library` ops in the namespace `fastdpo_triton`: opaque to torch.compile,
-and known to it.
+"""The primitives as `torch.library` ops, `fastdpo_triton::*`: opaque to torch.compile, known to it.
 
 A `Head` travels as (weight, bias, scale, softcap, temperature), the statistics as one
 comma-separated string. Ops return new tensors and write only what they declare, so that opcheck

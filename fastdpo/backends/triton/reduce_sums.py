@@ -1,5 +1,4 @@
-"""The partial sums of every vocabulary tile -> one number per row, in a fixed order; flags; the
-label's entry of E.
+"""The partial sums of all vocabulary tiles -> one number per row; flags; the label's entry of E.
 
 Bytes: 4·P·T·N read, where T = ⌈V / BLOCK_V⌉ is 501 for a vocabulary of 128,256: 0.8 % of E's bytes
 per quantity. A row's order of additions depends on T alone, so neither on N nor on its place in the

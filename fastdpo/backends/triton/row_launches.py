@@ -1,6 +1,4 @@
-"""The launches of the primitives that are one kernel: target_logits, logits_logps and its backward,
-sequence_loss.
-"""
+"""What primitives of one kernel launch: target_logits, logits_logps both ways, sequence_loss."""
 
 from __future__ import annotations
 

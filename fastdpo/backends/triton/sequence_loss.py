@@ -1,8 +1,7 @@
-"""sequence_loss: token log-probabilities -> masked sums, DPO loss, rewards and coefficients, in one
-launch.
+"""sequence_loss: log-probabilities -> masked sums, DPO loss, rewards, coefficients, in one launch.
 
-With h = logp − ref the log-ratio of a sequence, m = β (h_chosen − h_rejected) and label smoothing
-ε,
+With h = logp − ref the log-ratio of a sequence, m = β (h_chosen − h_rejected) the margin and ε the
+label smoothing,
 
     loss = −(1 − ε) log σ(m) − ε log σ(−m)         ∂loss/∂m = ε − σ(−m)
 
