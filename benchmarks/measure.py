@@ -20,6 +20,10 @@ class Protocol:
     min_rounds: int = 3
     max_rounds: int = 30
     seconds: float = 20.0  # of measuring per contender: rounds stop here once there are enough
+    # Untimed calls right before each timed one. On a CPU, memory that the step before gave back
+    # must be faulted in again, and whoever needs most would pay for its neighbours: a training
+    # loop, which repeats one step, does not.
+    settle: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "order": "interleaved, rotated by one each round"}
@@ -64,6 +68,8 @@ def interleaved(
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
             tick(name)
+            for _ in range(protocol.settle):
+                steps[name](i)
             taken[name].append(timed(steps[name], i, device))
     return taken
 

@@ -151,7 +151,7 @@ SUITES = {
         Scenario("qwen2.5-0.5b", 8192, share=0.5),
     ],
     "full": _full(),
-    # On two CPU cores: a few minutes, and under one.
+    # On two CPU cores: a quarter of an hour, and three minutes.
     "cpu": [
         Scenario("llama-3-vocab-d512", 512, dtype="fp32", sequences=4),
         Scenario("llama-3-vocab-d512", 512, dtype="bf16", sequences=4),

@@ -111,7 +111,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    protocol = Protocol(min_rounds=args.rounds, max_rounds=args.rounds)
+    protocol = Protocol(
+        warmup=0 if args.device.type == "cpu" else 3,  # on a CPU, settling warms up
+        min_rounds=args.rounds,
+        max_rounds=args.rounds,
+        settle=int(args.device.type == "cpu"),
+    )
     env = environment(args.device)
     rows: list[dict[str, Any]] = []
     for dtype in args.dtypes:

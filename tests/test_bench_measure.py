@@ -25,6 +25,14 @@ def test_rounds_interleave_and_begin_one_further_on_each_time():
     assert all(len(t) == 3 for t in taken.values())
 
 
+def test_each_timed_call_may_be_preceded_by_untimed_ones():
+    calls = []
+    steps = {name: lambda i, name=name: calls.append(name) for name in "ab"}
+    taken = interleaved(steps, CPU, Protocol(warmup=0, min_rounds=2, max_rounds=2, settle=2))
+    assert "".join(calls) == "aaabbb" + "bbbaaa"
+    assert [len(t) for t in taken.values()] == [2, 2]
+
+
 def test_rounds_stop_when_there_are_enough_and_time_is_over():
     protocol = Protocol(warmup=0, min_rounds=2, max_rounds=50, seconds=0.0)
     assert len(interleaved({"a": lambda i: None}, CPU, protocol)["a"]) == 2
