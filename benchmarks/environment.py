@@ -38,7 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "hardware": _gpu(device) if device.type == "cuda" else _cpu(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -49,6 +49,7 @@ from fastdpo.workspace import (
     padded_view,
     recompute_columns,
     row_block,
+    sum_rows,
 )
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -288,6 +289,7 @@ def backward_pass(
             grad_rows = grad_x.whole(e, cast.weight)
         elif needs.hidden:
             grad_x.add(e, cast.weight[start:stop])
+    e = scaled = None  # their memory is needed no more
     if needs.hidden:
         grad_rows = grad_x.finish() if grad_rows is None else grad_rows
         grad_rows = rows.scatter(grad_rows.to(hidden.dtype))
@@ -353,7 +355,9 @@ class _HiddenGradient:
         if e.dtype == self._sum.dtype:
             self._sum.addmm_(e, weight)
         elif _widens(e):
-            self._sum += _wide_product(e, weight)
+            block = sum_rows(self._sum)
+            for total, rows in zip(self._sum.split(block), e.split(block), strict=True):
+                total += _wide_product(rows, weight)
         else:  # operands are widened first, a few columns at a time
             width = recompute_columns(e.shape[0], e.shape[1], self._sum)
             for part, rows in zip(e.split(width, 1), weight.split(width), strict=True):

@@ -26,7 +26,7 @@ class Rows:
     def scatter(self, values: Tensor) -> Tensor:  # [N, ...] -> [M, ...], zeros elsewhere
         if self.index is None:
             return values
-        return values.new_zeros(self.total, *values.shape[1:]).index_copy(0, self.index, values)
+        return values.new_zeros(self.total, *values.shape[1:]).index_copy_(0, self.index, values)
 
 
 def count(

@@ -13,6 +13,7 @@ from torch import Tensor
 # the backward.
 _BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 _RECOMPUTE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+_SUM_BYTES = 32 << 20  # of fp32 products on their way into a sum
 _DEFAULT_WORKSPACE = {"cpu": 512 << 20, "cuda": 2 << 30}
 _ROW_MULTIPLE = 64
 _COLUMN_MULTIPLE = 512
@@ -50,6 +51,11 @@ def row_block(vocab: int, x: Tensor) -> int:
     """Rows of one forward block: a function of vocabulary, dtype and device alone."""
     rows = _by_device(_BLOCK_BYTES, x) // (max(1, vocab) * x.element_size())
     return max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
+
+
+def sum_rows(total: Tensor) -> int:
+    """Rows of a product that are added to `total` [N, D] at a time."""
+    return max(_ROW_MULTIPLE, _SUM_BYTES // (max(1, total.shape[1]) * total.element_size()))
 
 
 def padded_empty(n: int, columns: int, x: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def check(
             for t, flag in zip((hidden, weight, bias), trained, strict=True)
         ]
         logps = function(tensors[0], tensors[1], labels, bias=tensors[2], **head, **kwargs)
-        g = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64).view(logps.shape)
+        g = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64, device=logps.device)
+        g = g.view(logps.shape)
         if upstream is not None:
             g = upstream.double()
         return logps.detach(), grads_of(logps, g.to(logps.dtype).expand(logps.shape), tensors)

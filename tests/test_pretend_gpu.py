@@ -1,0 +1,217 @@
+"""What happens on a GPU, shown without one: the path that CUDA tensors take, what it waits for,
+and what it allocates (`benchmarks/pretend.py`).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_linear_logps import HEADS, check, make
+
+from benchmarks.pretend import DEVICE, PretendGPU
+from fastdpo.loss import get_batch_logps, linear_dpo_loss, linear_logps, preference_loss
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def pairs(gpu, dtype, sequences=4, length=9, d=32, vocab=500, trained=True):
+    hidden = torch.randn(sequences, length, d).to(dtype).requires_grad_()
+    weight = (0.1 * torch.randn(vocab, d)).to(dtype).requires_grad_(trained)
+    labels = torch.randint(vocab, (sequences, length))
+    labels[:, : length // 3] = -100
+    return gpu.put(hidden), gpu.put(weight), gpu.put(labels)
+
+
+def test_the_pretence_itself():
+    with PretendGPU() as gpu:
+        x = gpu.put(torch.arange(6.0).view(2, 3).requires_grad_())
+        assert x.is_cuda
+        assert x.device == DEVICE
+        (x.t().exp() @ torch.ones(2, device=x.device)).sum().backward()
+        assert gpu.waits == []
+        assert torch.equal(gpu.get(x.grad), gpu.get(x).exp())
+        for waiting in (
+            lambda: x.sum().item(),
+            lambda: x.cpu(),
+            lambda: (x > 1).nonzero(),
+            lambda: x[x > 1],
+            lambda: torch.ones(3).to(x.device),
+            lambda: bool((x > 1).any()),
+            lambda: x.sum(1).long().repeat_interleave(gpu.put(torch.tensor([1, 2]))),
+        ):
+            gpu.waits.clear()
+            waiting()
+            assert len(gpu.waits) == 1
+        with pytest.raises(RuntimeError, match="mixes devices"):
+            x + torch.ones(3)
+        wide = torch.mm(x.detach().half(), x.detach().half().t(), out_dtype=torch.float32)
+        assert wide.dtype == torch.float32
+        del wide
+        before = gpu.reset_peak()
+        y = x.new_empty(1000)
+        z = y[10:].view(-1, 10)
+        del y
+        assert gpu.bytes() == before + 4000
+        del z
+        assert gpu.bytes() == before
+        assert gpu.peak_bytes == before + 4000
+
+
+# ---- The path that CUDA tensors take: 16-bit operands with fp32 results
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False)], ids=str)
+@pytest.mark.parametrize("workspace", [0, 20_000, None])
+@pytest.mark.parametrize("head", ["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients(dtype, head, workspace, trained, backend):
+    options = dict(HEADS[head])
+    tensors = make(21, 600, 32, dtype, bias=options.pop("bias", False))
+    with PretendGPU() as gpu:
+        tensors = [None if t is None else gpu.put(t) for t in tensors]
+        check(*tensors, trained=trained, head=options, backend=backend, workspace_bytes=workspace)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_policy_and_reference_agree_to_the_bit(dtype):
+    with PretendGPU() as gpu:
+        hidden, weight, labels = pairs(gpu, dtype)
+        out = linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden.detach())
+        assert gpu.get(out.loss).item() == torch.tensor(2.0).log().item()
+        assert not gpu.get(out.chosen_rewards).any()
+
+
+# ---- Nothing waits
+
+
+def unlikely(gpu, weight, labels):
+    """A bias by which one label's logit lies 300 below the others."""
+    bias = torch.zeros(weight.shape[0], dtype=weight.dtype)
+    bias[gpu.get(labels)[0, -1]] = -300.0
+    return gpu.put(bias)
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "ipo", "dpop"])
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("workspace", [0, None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_waits_for_nothing_where_the_rows_are_given(dtype, workspace, trained, objective):
+    with PretendGPU() as gpu:
+        hidden, weight, labels = pairs(gpu, dtype, trained=trained)
+        bias = unlikely(gpu, weight, labels)
+        index = gpu.put((gpu.get(labels).flatten() != -100).nonzero().squeeze(1))
+        ref = gpu.put(torch.zeros(4))
+        out = linear_dpo_loss(
+            hidden, weight, labels, bias=bias, ref_logps=ref, row_index=index, objective=objective,
+            stats=STATS, workspace_bytes=workspace,
+        )  # fmt: skip
+        gradients = torch.autograd.grad(out.loss, (hidden, weight) if trained else hidden)
+        assert gpu.waits == []
+        assert all(gpu.get(g).isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_waits_once_where_rows_are_counted(packed):
+    with PretendGPU() as gpu:
+        hidden, weight, labels = pairs(gpu, torch.bfloat16)
+        options = {}
+        if packed:
+            hidden, labels = hidden.detach().flatten(0, 1).requires_grad_(), labels.flatten()
+            options["cu_seqlens"] = gpu.put(torch.tensor([0, 9, 18, 27, 36], dtype=torch.int32))
+        gpu.waits.clear()
+        out = linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden.detach(), **options)
+        out.loss.backward()
+        assert len(gpu.waits) == 1
+
+
+def test_logps_of_all_rows_wait_for_nothing():
+    with PretendGPU() as gpu:
+        hidden, weight, labels = pairs(gpu, torch.bfloat16)
+        index = gpu.put((gpu.get(labels).flatten() != -100).nonzero().squeeze(1))
+        logps = linear_logps(hidden, weight, labels, row_index=index)
+        logps.sum().backward()
+        assert gpu.waits == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_materialized_logits(dtype):
+    labels = torch.randint(300, (4, 9))
+    labels[:, :3] = -100
+    values = torch.randn(4, 9, 300).to(dtype)
+
+    def loss(logits, labels, reference):
+        logps = get_batch_logps(logits, labels)
+        losses, *rewards = preference_loss(*logps.chunk(2), *reference.chunk(2), beta=0.1)
+        return losses.mean()
+
+    on_cpu = values.clone().requires_grad_()
+    expected = loss(on_cpu, labels, torch.zeros(4))
+    expected.backward()
+    with PretendGPU() as gpu:
+        leaf = gpu.put(values.requires_grad_())
+        found = loss(leaf * 1.0, gpu.put(labels), gpu.put(torch.zeros(4)))
+        found.backward()
+        assert len(gpu.waits) <= 1  # the labels are checked
+        torch.testing.assert_close(gpu.get(found), expected.detach())
+        torch.testing.assert_close(gpu.get(leaf.grad), on_cpu.grad, atol=1e-5, rtol=1e-2)
+
+
+# ---- Memory, at the size of a real head: tensors without data
+
+
+def step_bytes(n, vocab, d, *, trained, workspace, dtype=torch.bfloat16, reference=False):
+    """Peak bytes beyond inputs and gradients of one step; the kernels' own scratch is not seen."""
+    with PretendGPU(data=False) as gpu:
+        hidden = torch.empty(4, n // 4, d, device=DEVICE, dtype=dtype).requires_grad_(not reference)
+        weight = torch.empty(vocab, d, device=DEVICE, dtype=dtype).requires_grad_(trained)
+        labels = torch.randint(vocab, (4, n // 4), device=DEVICE)
+        index = torch.arange(n, device=DEVICE)
+        ref = torch.empty(4, device=DEVICE)
+        before = gpu.reset_peak()
+        out = linear_dpo_loss(
+            hidden, weight, labels, ref_logps=ref, row_index=index, workspace_bytes=workspace
+        )
+        gradients = (
+            ()
+            if reference
+            else torch.autograd.grad(out.loss, (hidden, weight) if trained else (hidden,))
+        )
+        assert gpu.waits == []
+        return gpu.peak_bytes - before - sum(g.nbytes for g in gradients)
+
+
+VOCAB, D = 128_256, 4096  # Llama-3-8B's
+MIB = 1 << 20
+# What 8 and 32 thousand rows may need beyond E: rows and scaled rows in bf16, a sum in fp32, a
+# block of columns that is computed again, and one block of that sum's next term.
+BEYOND_E = {n: 8 * n * D + (256 + 32 + 8) * MIB for n in (8192, 32_768)}
+
+
+@pytest.mark.parametrize("workspace", [0, 512 * MIB, 2048 * MIB])
+@pytest.mark.parametrize("n", BEYOND_E)
+def test_a_step_keeps_to_its_workspace(n, workspace):
+    extra = step_bytes(n, VOCAB, D, trained=True, workspace=workspace)
+    assert workspace * 0.9 < extra < workspace + BEYOND_E[n]
+    assert extra < n * VOCAB * 2  # the logits in bf16 would be more
+
+
+def test_the_default_workspace_is_two_gibibytes():
+    found = step_bytes(32_768, VOCAB, D, trained=True, workspace=None)
+    assert found == step_bytes(32_768, VOCAB, D, trained=True, workspace=2048 * MIB)
+
+
+@pytest.mark.parametrize("n", BEYOND_E)
+def test_a_frozen_head_needs_one_block_of_rows(n):
+    extra = step_bytes(n, VOCAB, D, trained=False, workspace=None)
+    assert extra < (512 + 96) * MIB + 2 * n * D * 2
+
+
+def test_the_reference_needs_next_to_nothing():
+    with torch.no_grad():
+        extra = step_bytes(8192, VOCAB, D, trained=False, workspace=None, reference=True)
+    assert extra < 8192 * (2 * D + 256)
