@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-KINDS = ("loss", "workspace", "accuracy", "step", "max_tokens", "kernels")
+KINDS = ("loss", "workspace", "accuracy", "step", "max_tokens", "kernels", "counted")
 # What became of a provider: measured; not on this machine; no answer to this scenario; raised;
 # broke the rule of accuracy (and was not timed); no time was left.
 STATUSES = ("ok", "absent", "refused", "failed", "inaccurate", "skipped")

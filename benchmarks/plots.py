@@ -136,6 +136,42 @@ def against_tokens(doc: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def counted(doc: dict[str, Any], path: Path) -> None:
+    """Extra memory against tokens, of the head that has most lengths."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    ok = [r for r in doc["results"] if r["status"] == "ok"]
+    groups: dict[tuple[Any, ...], set[int]] = {}
+    key = ("head", "share", "trains", "dtype", "sequences")
+    for r in ok:
+        s = r["scenario"]
+        groups.setdefault(tuple(s[k] for k in key), set()).add(s["tokens"])
+    chosen = max(groups, key=lambda g: len(groups[g]))
+    for r in ok:
+        if tuple(r["scenario"][k] for k in key) == chosen:
+            lines.setdefault(r["provider"], []).append(r)
+    figure, axis = plt.subplots(figsize=(5.6, 3.6))
+    for name, rows in lines.items():
+        style = {"color": OURS, "lw": 2.2 if name == "fastdpo" else 1.2}
+        points = [(r["scenario"]["tokens"], r["extra_bytes"] / 2**30) for r in rows]
+        axis.plot(
+            *zip(*sorted(points), strict=True),
+            "o--" if name == "fastdpo-w0" else "o-",
+            ms=3,
+            label=name,
+            **(style if name.startswith("fastdpo") else {"lw": 1.0}),
+        )
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="extra memory, GiB")
+    axis.axhline(80, color="black", lw=0.8, ls=":")
+    axis.annotate("80 GiB", (0.01, 80), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6)
+    head, share, trains, dtype, _ = chosen
+    axis.set_title(
+        f"{head}, {share:.0%} carry loss, {trains}, {dtype}: counted, not measured", fontsize=8
+    )
+    _save(figure, path)
+
+
 def accuracy(doc: dict[str, Any], path: Path) -> None:
     """The largest error of a sequence's log-probability against its length."""
     kinds = list(dict.fromkeys(r["scenario"]["peaked"] for r in doc["results"]))

@@ -6,7 +6,7 @@
     python -m benchmarks.report --plots    draw the plots again from the JSON
 
 Every figure comes from the documents; a peer that is faster or smaller than fastdpo is named under
-the table. Files are told apart by their name: gpu-*.json and cpu-*.json.
+the table. Files are told apart by their name: gpu-*.json and cpu-*.json, and counted.json.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DRAW = {
     "workspace": plots.workspace,
     "accuracy": plots.accuracy,
     "step": plots.losses,
+    "counted": plots.counted,
 }
 
 
@@ -33,13 +34,19 @@ def render(docs: dict[str, dict[str, Any]], folder: Path = RESULTS) -> str:
     """The section's markdown, GPU figures first."""
     parts = []
     on_gpu = {k: d for k, d in docs.items() if d["environment"]["device"] == "cuda"}
-    on_cpu = {k: d for k, d in docs.items() if k not in on_gpu}
+    counted = {k: d for k, d in docs.items() if d["kind"] == "counted"}
+    on_cpu = {k: d for k, d in docs.items() if k not in on_gpu and k not in counted}
     if not on_gpu:
         parts.append(
             "GPU figures are still to be measured: `benchmarks/gpu.sh OUT` measures them in ten "
             "minutes."
         )
-    for title, group in (("On a GPU", on_gpu), ("On a CPU", on_cpu)):
+    groups = {
+        "On a GPU": on_gpu,
+        "What a GPU would be asked for": counted,
+        "On a CPU": on_cpu,
+    }
+    for title, group in groups.items():
         if not group:
             continue
         parts.append(f"### {title}")

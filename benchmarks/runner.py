@@ -148,14 +148,15 @@ def _attempt(row: dict[str, Any], deadline: Deadline, action: Callable[[], Any])
     try:
         action()
     except Exception as error:  # whatever a peer raises is its result
-        row["status"], row["reason"] = "failed", _reason(error)
+        row["status"], row["reason"] = "failed", failure(error)
         row.pop("seconds", None)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
+def failure(error: Exception) -> str:
+    """What a provider raised, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines() or [""]

@@ -189,6 +189,37 @@ def max_tokens(doc: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def counted(doc: dict[str, Any]) -> str:
+    columns = [r["provider"] for r in doc["results"] if r["status"] != "absent"]
+    columns = list(dict.fromkeys(columns))
+    lines = [
+        "**Memory of a step** beyond inputs and gradients: allocations of the GPU's code path, "
+        "counted on tensors without data. No GPU was there, and nothing was measured. PyTorch "
+        f"{doc['environment']['packages']['torch']}; commit {_commits(doc)}.",
+        "",
+        _row("scenario", *(f"`{c}`" for c in columns)),
+        _row("---", *["---:"] * len(columns)),
+    ]
+    for name, rows in by_scenario(doc).items():
+        cells = [
+            amount(rows[c]["extra_bytes"]) if rows[c]["status"] == "ok" else rows[c]["status"]
+            for c in columns
+        ]
+        lines.append(_row(name, *cells))
+    more = [
+        f"than `{r['provider']}` on {name} ({amount(ours['extra_bytes'])} against "
+        f"{amount(r['extra_bytes'])})"
+        for name, rows in by_scenario(doc).items()
+        for r in rows.values()
+        if (ours := rows.get("fastdpo"))
+        and "extra_bytes" in ours
+        and not r["provider"].startswith("fastdpo")
+        and r.get("extra_bytes", ours["extra_bytes"]) < ours["extra_bytes"]
+    ]
+    lines += ["", f"Where fastdpo's default needs more: {'; '.join(more) or 'nowhere here'}."]
+    return "\n".join(lines)
+
+
 def kernels(doc: dict[str, Any]) -> str:
     lines = [
         "**Each primitive** against its floor: the vendor's product of the same shape, or a device "
@@ -215,6 +246,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "step": step,
     "max_tokens": max_tokens,
     "kernels": kernels,
+    "counted": counted,
 }
 
 
@@ -228,9 +260,12 @@ def by_scenario(doc: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _source(doc: dict[str, Any]) -> str:
     env = doc["environment"]
-    here = origin(env)
-    commits = ", ".join(dict.fromkeys(r.get("commit", here) for r in doc["results"])) or here
-    return f"{describe(env)}; PyTorch {env['packages']['torch']}; commit {commits}."
+    return f"{describe(env)}; PyTorch {env['packages']['torch']}; commit {_commits(doc)}."
+
+
+def _commits(doc: dict[str, Any]) -> str:
+    here = origin(doc["environment"])
+    return ", ".join(dict.fromkeys(r.get("commit", here) for r in doc["results"])) or here
 
 
 def _number(errors: dict[str, Any] | None, norm: str) -> str:

@@ -106,6 +106,27 @@ def loss(scenario: Scenario, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def counted(rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(r["provider"] for r in rows))
+    table = Table(title="Memory of a step, counted on tensors without data: nothing was measured")
+    table.add_column("scenario")
+    for name in names:
+        table.add_column(name, justify="right")
+    for scenario in dict.fromkeys(r["scenario"]["name"] for r in rows):
+        mine = {r["provider"]: r for r in rows if r["scenario"]["name"] == scenario}
+        table.add_row(
+            scenario,
+            *(
+                amount(mine[n]["extra_bytes"]) if mine[n]["status"] == "ok" else mine[n]["status"]
+                for n in names
+            ),
+        )
+    console.print(table)
+    reasons = {r["provider"]: r["reason"] for r in rows if r["status"] not in ("ok", "refused")}
+    for name, reason in reasons.items():
+        console.print(f"  {name}: {reason}")
+
+
 def longest_pairs(rows: list[dict[str, Any]], limit: int, hardware_line: str) -> None:
     table = Table(title=f"Longest pair within {amount(limit)} · {hardware_line}")
     for name in ("provider", "tokens", "note"):

@@ -146,7 +146,7 @@ def test_materialized_logits(dtype):
 
     def loss(logits, labels, reference):
         logps = get_batch_logps(logits, labels)
-        losses, *rewards = preference_loss(*logps.chunk(2), *reference.chunk(2), beta=0.1)
+        losses, *_ = preference_loss(*logps.chunk(2), *reference.chunk(2), beta=0.1)
         return losses.mean()
 
     on_cpu = values.clone().requires_grad_()
@@ -197,7 +197,7 @@ BEYOND_E = {n: 8 * n * D + (256 + 32 + 8) * MIB for n in (8192, 32_768)}
 def test_a_step_keeps_to_its_workspace(n, workspace):
     extra = step_bytes(n, VOCAB, D, trained=True, workspace=workspace)
     assert workspace * 0.9 < extra < workspace + BEYOND_E[n]
-    assert extra < n * VOCAB * 2  # the logits in bf16 would be more
+    assert extra < n * VOCAB * (2 + 4) / 2  # eager's logits, in bf16 and in fp32, are twice that
 
 
 def test_the_default_workspace_is_two_gibibytes():

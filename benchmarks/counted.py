@@ -1,0 +1,129 @@
+"""python -m benchmarks.counted: the memory of a step at the size of real models, without a GPU.
+
+The step runs on a GPU that is not there, on tensors without data (`benchmarks.pretend`): every
+allocation that PyTorch's allocator would be asked for is counted, none is made. What is missing of
+a real peak: the allocator's rounding, the vendor's workspaces, and scratch inside an operator (of
+fastdpo's: 4 bytes per row and tile of 128 columns, 8 MB for a block of 2,048 rows).
+
+Counted and not measured: on a GPU `benchmarks.loss` measures the same, and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: kernels are there, and not run
+
+import torch
+
+from benchmarks import documents, plots, tables
+from benchmarks.environment import environment
+from benchmarks.inputs import IGNORE_INDEX, Inputs
+from benchmarks.pretend import DEVICE, PretendGPU
+from benchmarks.providers import Provider, by_name
+from benchmarks.runner import failure
+from benchmarks.scenarios import DTYPES, HEADS, Scenario
+
+METHOD = (
+    "bytes that PyTorch's allocator is asked for in one step, at their peak, less inputs and "
+    "gradients; counted on tensors without data"
+)
+PROVIDERS = (
+    *("fastdpo", "fastdpo-w0", "eager", "compiled", "trl-selective", "trl-chunked"),
+    *("liger-1", "cce", "cce-exact"),
+)
+_LLAMA = Scenario("llama-3-8b", 8192, share=0.5)
+SCENARIOS = [
+    *(replace(_LLAMA, tokens=t, sequences=16) for t in (2048, 8192, 32_768, 131_072)),
+    replace(_LLAMA, trains="frozen"),
+    replace(_LLAMA, trains="forward"),
+    Scenario("qwen2.5-0.5b", 8192, share=0.5),
+    Scenario("qwen2.5-7b", 8192, share=0.5),
+    Scenario("gemma-2-2b", 8192, share=0.5),
+    Scenario("mistral-7b", 8192, share=0.5),
+]
+
+
+def inputs_without_data(scenario: Scenario, gpu: PretendGPU) -> Inputs:
+    count, length, shape = scenario.sequences, scenario.length, scenario.shape
+    there: dict[str, Any] = {"device": DEVICE, "dtype": DTYPES[scenario.dtype]}
+    hidden = torch.empty(count, length, shape.hidden_size, **there)
+    weight = torch.empty(shape.vocab_size, shape.hidden_size, **there)
+    labels = torch.randint(shape.vocab_size, (count, length))
+    labels[:, : length - scenario.carrying // count] = IGNORE_INDEX
+    reference = hidden.clone(), weight, torch.zeros(count, device=DEVICE)
+    hidden.requires_grad_(scenario.trains != "forward")
+    weight = weight.detach().requires_grad_(scenario.trains == "head")
+    return Inputs(scenario, hidden, weight, gpu.put(labels), *reference)
+
+
+def extra_bytes(provider: Provider, scenario: Scenario) -> int:
+    """Peak bytes of one step beyond inputs and gradients."""
+    with PretendGPU(data=False) as gpu:
+        inputs = inputs_without_data(scenario, gpu)
+        before = gpu.reset_peak()
+        provider.step(inputs)
+        return gpu.peak_bytes - before - inputs.gradient_bytes
+
+
+def row(provider: Provider, scenario: Scenario) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "provider": provider.name,
+        "summary": provider.summary,
+        "scenario": scenario.as_dict(),
+        "status": "ok",
+    }
+    if provider.compiles:  # what a compiler fuses, and CCE's kernels, happen on a real GPU only
+        return found | {"status": "absent", "reason": "what it allocates is its compiler's choice"}
+    reason = provider.refuses(scenario)
+    if reason:
+        return found | {"status": "refused", "reason": reason}
+    try:
+        found["extra_bytes"] = extra_bytes(provider, scenario)
+    except Exception as error:  # whatever a peer raises is its result
+        found |= {"status": "failed", "reason": failure(error)}
+    return found
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.counted", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument("--head", choices=HEADS, help="one scenario, with the options below")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
+    parser.add_argument("--share", type=float, default=0.5, help="of tokens that carry loss")
+    parser.add_argument("--trains", default="head", help="head, frozen or forward")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--providers", nargs="+", default=PROVIDERS)
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png (no suffix here)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    scenarios = SCENARIOS
+    if args.head:
+        scenarios = [
+            Scenario(args.head, tokens, args.share, args.trains, sequences=args.sequences)
+            for tokens in args.tokens
+        ]
+    env = environment(torch.device("cpu"))
+    rows = []
+    with tables.progress("counted", len(scenarios)) as tick:
+        for scenario in scenarios:
+            tick(scenario.name)
+            rows += [row(provider, scenario) for provider in by_name(args.providers)]
+    tables.counted(rows)
+    title = "Memory of a step, counted"
+    doc = documents.document("counted", title, env, {"memory": METHOD}, rows)
+    if args.out:
+        documents.save(doc, args.out.with_suffix(".json"))
+        plots.counted(doc, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
