@@ -55,7 +55,7 @@ def test_a_peer_that_cannot_be_counted_says_why(monkeypatch):
 
 
 def test_the_document_its_section_and_its_plot(tmp_path):
-    scenarios = [Scenario("mistral-7b", tokens) for tokens in (512, 1024)]
+    scenarios = [Scenario("mistral-7b", tokens) for tokens in (4096, 8192)]
     rows = [counted.row(p, s) for s in scenarios for p in by_name(["fastdpo", "eager", "cce"])]
     doc = documents.document("counted", "Memory", environment(torch.device("cpu")), {}, rows)
     text = sections.counted(doc)
@@ -65,7 +65,7 @@ def test_the_document_its_section_and_its_plot(tmp_path):
     for r in rows:
         if r["provider"] == "eager":
             r["extra_bytes"] = 1
-    assert "needs more: than `eager` on mistral-7b 512 100% head bf16" in sections.counted(doc)
+    assert "needs more: than `eager` on mistral-7b 4k 100% head bf16" in sections.counted(doc)
     plots.counted(doc, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
