@@ -1,6 +1,6 @@
 """python -m benchmarks.exp_logits_once: one launch of exp_logits, for a profiler to look at.
 
-ncu --set full -k regex:exp_logits -c 1 python -m benchmarks.exp_logits_once
+ncu --clock-control none --set full -k regex:exp_logits -c 1 python -m benchmarks.exp_logits_once
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, within a time budget: build, tests, benchmarks, one profile.
 #
-#   benchmarks/gpu.sh [--cpu] OUT [SECONDS]
+#   benchmarks/gpu.sh [--cpu] OUT [SECONDS [STAGE...]]
 #
 # OUT receives at most eight files: log.txt, tests.txt, kernels.json, loss.json, accuracy.json,
 # step.json, max-tokens.json and ncu.txt. SECONDS (600 by default) is for all of it. A stage that
 # runs out of time is cut off and leaves what it has; one that finds no time left is skipped and
-# said so. --cpu runs the same stages at CPU sizes, to prove the script where there is no GPU.
-# PYTHON names the interpreter (python).
+# said so. Naming stages (build tests sanitizer kernels loss step accuracy ncu max-tokens) runs
+# those alone. --cpu runs the same stages at CPU sizes, to prove the script where there is no GPU.
+# PYTHON names the interpreter (python); WHEELS a folder of wheels to install first, for peers where
+# there is no registry. With pytest-xdist the tests run six at a time.
 set -uo pipefail
 
 usage() {
-  echo "usage: benchmarks/gpu.sh [--cpu] OUT [SECONDS]" >&2
+  echo "usage: benchmarks/gpu.sh [--cpu] OUT [SECONDS [STAGE...]]" >&2
   exit 2
 }
 
@@ -20,9 +22,14 @@ if [ "${1:-}" = "--cpu" ]; then
   device=cpu
   shift
 fi
-[ $# -ge 1 ] && [ $# -le 2 ] || usage
+[ $# -ge 1 ] || usage
 budget=${2:-600}
 case $budget in '' | *[!0-9]*) usage ;; esac
+all="build tests sanitizer kernels loss step accuracy ncu max-tokens"
+chosen=" ${*:3} "
+for name in $chosen; do
+  case " $all " in *" $name "*) ;; *) usage ;; esac
+done
 
 mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
@@ -35,6 +42,9 @@ log=$out/log.txt
 
 say() { echo "[$SECONDS s] $*" | tee -a "$log"; }
 
+# wanted NAME: whether this stage was named, or none was.
+wanted() { [ "$chosen" = "  " ] || [[ $chosen = *" $1 "* ]]; }
+
 left() { echo $((end - SECONDS)); }
 
 # stage NAME LEAST MOST COMMAND...: runs COMMAND for at most MOST seconds of what is left, and not
@@ -42,6 +52,7 @@ left() { echo $((end - SECONDS)); }
 stage() {
   local name=$1 least=$2 most=$3 status
   shift 3
+  wanted "$name" || return 0
   limit=$(left)
   if [ "$limit" -lt "$least" ]; then
     say "$name: skipped, $limit s left and it needs $least"
@@ -84,16 +95,20 @@ print("%d.%d" % torch.cuda.get_device_capability())') || return
     within "$python" setup.py build_ext --inplace
 }
 
+# tests MARKS: adds to tests.txt.
 tests() {
-  within "$python" -m pytest -m gpu -q --maxfail=20 --durations=5 -p no:cacheprovider \
-    >"$out/tests.txt" 2>&1
+  local workers=()
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
+  within "$python" -m pytest -m "$1" -q --maxfail=20 --durations=5 -p no:cacheprovider \
+    "${workers[@]}" >>"$out/tests.txt" 2>&1
   local status=$?
   tail -n 3 "$out/tests.txt"
   [ $status -eq 5 ] || return $status # 5: no test is marked
 }
 
 profile() {
-  within ncu --set full -k regex:exp_logits -c 1 "$python" -m benchmarks.exp_logits_once \
+  # The clocks stay as they are.
+  within ncu --clock-control none --set full -k regex:exp_logits -c 1 "$python" -m benchmarks.exp_logits_once \
     >"$out/ncu.txt" 2>&1
 }
 
@@ -111,8 +126,14 @@ else
   pair=(--head tiny --dtype fp32 --tokens 64 --sequences 4)
 fi
 
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl >>"$log" 2>&1 ||
+    say "wheels: not all of $WHEELS could be installed (see log.txt)"
+fi
+rm -f "$out/tests.txt"
 stage build 30 120 build
-stage tests 20 100 tests
+stage tests 20 150 tests "gpu and not slow"
+stage sanitizer 20 60 tests "gpu and slow"
 stage kernels 20 60 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
 stage loss 20 160 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss"
 stage step 30 60 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
@@ -120,7 +141,7 @@ stage accuracy 20 45 benchmark accuracy --device "$device" "${accuracy[@]}" --no
   --out "$out/accuracy"
 if command -v ncu >/dev/null; then
   stage ncu 20 40 profile
-else
+elif wanted ncu; then
   say "ncu: not here, no profile"
 fi
 stage max-tokens 20 45 benchmark loss "${pair[@]}" --device "$device" --find-max-tokens "$size" \

@@ -5,8 +5,9 @@
     python -m benchmarks.kernels --static        what compiling the Triton kernels gives, no GPU
 
 A product's floor is the vendor's product of the same shape, that of everything else a device copy
-of as many bytes. Beside each measured time stands what the traffic model says of an H200. Without a
-GPU nothing is timed, and the static table is printed instead.
+of as many bytes; "of it" is the share of that rate which is reached. Logits that exist are also
+given to eager PyTorch and to torch.compile. Beside each measured time stands what the traffic model
+says of an H200. Without a GPU nothing is timed, and the static table is printed instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from rich.table import Table
 
 from benchmarks import documents, kernels_model, tables
 from benchmarks.environment import default_device, describe, environment
-from benchmarks.kernels_steps import Contest, Shape, contests
+from benchmarks.kernels_contest import Contest, Shape
+from benchmarks.kernels_steps import contests
 from benchmarks.measure import Deadline, Protocol, interleaved, quantiles
 
 SUITES = {
@@ -70,7 +72,8 @@ def measure(contest: Contest, device: torch.device, protocol: Protocol) -> list[
 def show(rows: list[dict[str, Any]], title: str) -> None:
     table = Table(title=title)
     table.add_column("primitive")
-    for name in ("backend", "time", "20% – 80%", "floor", "× floor", "reaches", "H200 model"):
+    columns = ("backend", "time", "20% – 80%", "floor", "× floor", "of it", "reaches", "H200 model")
+    for name in columns:
         table.add_column(name, justify="left" if name == "backend" else "right")
     for r in (r for r in rows if r["status"] == "ok"):
         products = r["bound"] == "products"
@@ -82,6 +85,7 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             f"{_brief(r['seconds']['p20'])} – {_brief(r['seconds']['p80'])}",
             _brief(r["floor_seconds"]["median"]),
             f"{r['multiple_of_floor']:.2f}",
+            f"{1 / r['multiple_of_floor']:.0%}",
             f"{reached:.3g} {'TFLOP/s' if products else 'TB/s'}",
             _brief(r["predicted_seconds_h200"]),
         )

@@ -225,8 +225,8 @@ def kernels(doc: dict[str, Any]) -> str:
         "**Each primitive** against its floor: the vendor's product of the same shape, or a device "
         "copy of as many bytes. " + _source(doc),
         "",
-        _row("primitive and shape", "backend", "time", "× floor", "reaches", "bound by"),
-        _row("---", "---", "---:", "---:", "---:", "---"),
+        _row("primitive and shape", "backend", "time", "× floor", "of it", "reaches", "bound by"),
+        _row("---", "---", "---:", "---:", "---:", "---:", "---"),
     ]
     for r in doc["results"]:
         if r["status"] != "ok":
@@ -234,7 +234,8 @@ def kernels(doc: dict[str, Any]) -> str:
         products = r["bound"] == "products"
         rate = r["tera_operations_per_second" if products else "tera_bytes_per_second"]
         reached = f"{rate:.3g} {'TFLOP/s' if products else 'TB/s'}"
-        cells = duration(r["seconds"]["median"]), f"{r['multiple_of_floor']:.2f}", reached
+        multiple = r["multiple_of_floor"]
+        cells = duration(r["seconds"]["median"]), f"{multiple:.2f}", f"{1 / multiple:.0%}", reached
         lines.append(_row(r["scenario"]["name"], f"`{r['provider']}`", *cells, r["bound"]))
     return "\n".join(lines)
 

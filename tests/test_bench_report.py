@@ -213,11 +213,21 @@ def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
 def test_the_gpu_script_stops_where_time_is_short(tmp_path):
     done = gpu_script("--cpu", str(tmp_path / "out"), "1")
     assert done.returncode == 0
-    for name in ("build", "tests", "kernels", "loss", "step", "accuracy", "max-tokens"):
+    stages = ("build", "tests", "sanitizer", "kernels", "loss", "step", "accuracy", "max-tokens")
+    for name in stages:
         assert f"{name}: skipped" in done.stdout
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["log.txt"]
     for wrong in ([], ["out", "soon"], ["a", "1", "b"]):
         assert gpu_script(*wrong).returncode == 2
+
+
+def test_the_gpu_script_runs_the_stages_that_are_named(tmp_path):
+    done = gpu_script("--cpu", str(tmp_path / "out"), "1", "kernels", "loss")
+    assert done.returncode == 0
+    for name in ("kernels", "loss"):
+        assert f"{name}: skipped" in done.stdout
+    for name in ("build", "tests", "step", "max-tokens"):
+        assert f"{name}: " not in done.stdout
 
 
 def gpu_script(*arguments):

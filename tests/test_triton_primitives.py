@@ -15,6 +15,7 @@ import torch
 from fastdpo.backends import COLLISION_SHIFT, RAISE_ABOVE
 from fastdpo.backends import torch as oracle
 from fastdpo.head import Head
+from fastdpo.workspace import padded_empty
 
 triton = pytest.importorskip("fastdpo.backends.triton")
 
@@ -328,8 +329,7 @@ def test_collision_neither_underflows_nor_overflows():
 
 def everything(hidden, head, labels, anchor, rows=slice(None), stats=STATS, store=True):
     hidden, labels, anchor = hidden[rows], labels[rows], anchor[rows]
-    out = torch.zeros(len(hidden), head.vocab_size + 20, dtype=hidden.dtype, device=DEVICE)
-    out = out[:, : head.vocab_size]
+    out = padded_empty(len(hidden), head.vocab_size, hidden).zero_()  # as the schedule lays out E
     sums = triton.exp_logits(hidden, head, labels, anchor, out=out if store else None, stats=stats)
     return [*(t for t in sums if t is not None), *([out] if store else [])]
 

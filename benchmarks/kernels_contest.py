@@ -1,0 +1,76 @@
+"""What the contests of `benchmarks.kernels` have in common: shapes, floors, and who takes part.
+
+A product is held against the vendor's product of the same shape, everything else against a device
+copy that moves as many bytes. Inputs rotate, so that a cache that held the last call's does not
+help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels_model import Work
+from benchmarks.measure import Step
+from benchmarks.scenarios import HEADS
+from fastdpo.backends import select
+from fastdpo.backends.select import BackendUnavailable
+
+ROTATE = 2
+COPY = "a copy of as many bytes"
+
+
+@dataclass
+class Contest:
+    """One primitive on one shape: its floor, and those that are held against it."""
+
+    name: str
+    shape: dict[str, Any]
+    work: Work
+    floor_is: str
+    floor: Step
+    steps: dict[str, Step]  # by backend
+    absent: dict[str, str]  # backend -> why
+
+
+@dataclass(frozen=True)
+class Shape:
+    head: str
+    rows: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def as_dict(self) -> dict[str, Any]:
+        d, vocab, softcap = HEADS[self.head]
+        name = str(self.dtype).removeprefix("torch.")
+        return {"head": self.head, "N": self.rows, "V": vocab, "D": d, "softcap": softcap} | {
+            "dtype": name
+        }
+
+
+def serving(primitive: str, like: Tensor) -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """The backends that implement and can run it here, and why the others do not."""
+    found: dict[str, ModuleType] = {}
+    absent: dict[str, str] = {}
+    for name in select.NAMES:
+        try:
+            module = select.primitive(primitive, like, name)
+        except (BackendUnavailable, ImportError) as error:
+            absent[name] = str(error)
+            continue
+        if module.__name__.rpartition(".")[2] == name:
+            found[name] = module
+        else:
+            absent[name] = f"the {name} backend does not implement it"
+    return found, absent
+
+
+def copy_of(size: float, device: torch.device) -> Step:
+    """A copy that reads and writes `size` bytes together."""
+    half = max(1, int(size) // 2)
+    source = torch.empty(ROTATE, half, dtype=torch.uint8, device=device)
+    target = torch.empty(half, dtype=torch.uint8, device=device)
+    return lambda i: target.copy_(source[i % ROTATE])
