@@ -255,8 +255,8 @@ def backward_pass(
     """The gradients of hidden [M, D], weight [V, D] and bias [V] that are needed, else None."""
     grad_logps = grad_logps.to(state.target.dtype)
     if hidden_product is not None:
-        grad_rows = (hidden_product * grad_logps.unsqueeze(1)).to(hidden.dtype)
-        return rows.scatter(grad_rows), None, None
+        scaled_product = (hidden_product * grad_logps.unsqueeze(1)).to(hidden.dtype)
+        return rows.scatter(scaled_product), None, None
 
     x, cast = operands(hidden, head, rows, plan)
     if x.dtype == torch.float16:

@@ -172,8 +172,9 @@ def test_kernels_section():
     }
     absent = {**row, "provider": "cuda", "status": "absent", "reason": "no GPU"}
     doc = documents.document("kernels", "Kernels", environment(CPU), {}, [row, absent])
-    assert "| exp_logits tiny | `triton` | 2 ms | 1.25 | 512 TFLOP/s | products |" in report.render(
-        {"cpu-kernels": doc}
+    assert (
+        "| exp_logits tiny | `triton` | 2 ms | 1.25 | 80% | 512 TFLOP/s | products |"
+        in report.render({"cpu-kernels": doc})
     )
 
 

@@ -104,16 +104,15 @@ def exp_logits(
     rows = raised.nonzero().squeeze(1)
     hidden, labels = hidden[rows], labels[rows]
     top = _exp_sums(hidden, head, labels, anchor[rows], None, None, ("is_top1",)).top
+    assert top is not None
     part = None if out is None else out[rows]
     entry = None if label_entry is None else label_entry[rows]
     again = _exp_sums(hidden, head, labels, top, part, entry, stats)
-    if out is not None:
+    if out is not None and part is not None:
         out[rows] = part
-    return ExpSums(
-        *(
-            None if new is None else old.index_copy(0, rows, new)
-            for old, new in zip(sums, again, strict=True)
-        )
+    return ExpSums._make(
+        None if old is None or new is None else old.index_copy(0, rows, new)
+        for old, new in zip(sums, again, strict=True)
     )
 
 
@@ -152,7 +151,7 @@ def _exp_sums(
             entropy += z.clamp_min_(torch.finfo(z.dtype).min).mul_(e).sum(1)
         if collision is not None:
             collision += (e * torch.e**COLLISION_SHIFT).square_().sum(1)
-        if start < stored:
+        if out is not None and start < stored:
             if derivative is not None:
                 e *= derivative
             if label_entry is not None:

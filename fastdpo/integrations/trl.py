@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -57,7 +57,8 @@ def use_fastdpo(
     if not isinstance(trainer, trl.DPOTrainer) or add is None:
         checks.fail("trainer", "a trl.DPOTrainer of TRL 1.16 or later", type(trainer).__name__)
     _refuse_sharded(trainer)
-    peft = peft_model(trainer.model)
+    policy = cast(nn.Module, trainer.model)
+    peft = peft_model(policy)
     if peft is not None and any(config.is_prompt_learning for config in peft.peft_config.values()):
         checks.fail("trainer.model", "without a prompt-learning adapter", type(peft).__name__)
     checks.workspace_bytes(workspace_bytes)
@@ -66,9 +67,9 @@ def use_fastdpo(
     if trainer.use_weighting:
         policy_stats += ("log_sum_sq_probs",)
     options = {"workspace_bytes": workspace_bytes, "backend": backend}
-    _answer(causal_lm(trainer.model), stats=policy_stats, **options)
+    _answer(causal_lm(policy), stats=policy_stats, **options)
     if trainer.ref_model is not None:
-        _answer(causal_lm(trainer.ref_model), stats=(), **options)
+        _answer(causal_lm(cast(nn.Module, trainer.ref_model)), stats=(), **options)
     return trainer
 
 
@@ -97,7 +98,7 @@ def _answer(lm: nn.Module, *, stats: tuple[str, ...], **options: Any) -> None:
             tokens = LinearLogps(tokens)
         # TRL's columns are the positions that predict: all but the last.
         columns = {k: None if v is None else v[:, :-1] for k, v in tokens._asdict().items()}
-        logps: Tensor = columns.pop("logps")
+        logps = cast(Tensor, columns.pop("logps"))
         mask = shifted[:, :-1].to(logps.device) != IGNORE_INDEX
         return FusedCausalLMOutput(
             loss=-logps.sum() / mask.sum().clamp(min=1),
