@@ -223,6 +223,34 @@ def test_bad_batches_are_named(models):
             hf.dpo_loss(model, pairs, **{"ref_model": reference, **options})
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_rows_that_a_collator_found(models, padding):
+    model, reference = models
+    pairs = preference_batch(padding)
+    found = hf.with_row_index(pairs)
+    labels = pairs["labels"]
+    assert len(found["row_index"]) == (labels[:, 1:] != -100).sum()
+    mask = {**pairs, "completion_mask": (labels != -100).long()}
+    del mask["labels"]
+    assert torch.equal(hf.with_row_index(mask)["row_index"], found["row_index"])
+    outputs = []
+    for given in (pairs, found):
+        out = hf.dpo_loss(model, given, reference, beta=BETA)
+        out.loss.backward()
+        outputs.append((out.loss.detach(), *gradients(model).values()))
+    for a, b in zip(*outputs, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="input_ids"):
+        hf.with_row_index({"labels": labels})
+    for wrong, message in (
+        ({"row_index": found["row_index"].int()}, "row_index"),
+        ({"row_index": found["row_index"].flip(0)}, "row_index"),
+        ({"row_index": torch.tensor([labels.numel() - 1])}, "labels"),  # predicts nothing
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.dpo_loss(model, {**pairs, **wrong}, reference)
+
+
 def test_training_steps_lower_the_loss(models):
     model, reference = models
     pairs = preference_batch()

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hf_models import batch, build
 from test_linear_logps import HEADS, check, make
 
 from benchmarks.pretend import DEVICE, PretendGPU
+from fastdpo.integrations import hf
 from fastdpo.loss import get_batch_logps, linear_dpo_loss, linear_logps, preference_loss
 
 pytest.importorskip("triton")
@@ -136,6 +138,24 @@ def test_logps_of_all_rows_wait_for_nothing():
         logps = linear_logps(hidden, weight, labels, row_index=index)
         logps.sum().backward()
         assert gpu.waits == []
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_hugging_face_step_waits_at_most_once(given):
+    """Reference and policy share the one number of rows; with the collator's, nothing waits."""
+    policy, reference = (build("Llama", attn_implementation="eager") for _ in range(2))
+    input_ids, attention_mask, labels = batch()
+    pairs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    pairs = hf.with_row_index(pairs) if given else pairs
+    with PretendGPU() as gpu:
+        for model in (policy, reference):
+            model._apply(gpu.put)
+        pairs = {key: gpu.put(value) for key, value in pairs.items()}
+        hf.dpo_loss(policy, pairs, reference)  # compares the models' own logits with fastdpo's
+        gpu.waits.clear()
+        hf.dpo_loss(policy, pairs, reference).loss.backward()
+        assert len(gpu.waits) == (0 if given else 1)
+        assert gpu.get(policy.lm_head.weight.grad).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -22,6 +22,7 @@ class PreferenceBatch:
     labels: Tensor  # [2B, T] same positions as input_ids; -100 carries no loss
     attention_mask: Tensor | None  # [2B, T]
     ref_logps: Tensor | None  # [2B] the reference's, computed beforehand
+    row_index: Tensor | None  # [N] positions among the 2B·T that predict a token with loss
     model_kwargs: dict[str, Any]  # everything else: pixel_values, position_ids, ...
 
 
@@ -83,9 +84,23 @@ def preference_batch(batch: Mapping[str, Any]) -> PreferenceBatch:
         )
     if completion_mask is not None:
         labels = torch.where(completion_mask.bool(), input_ids, IGNORE_INDEX)
-    return PreferenceBatch(
-        input_ids, labels, attention_mask, _reference(rest, input_ids.shape[0] // 2), rest
-    )
+    row_index = rest.pop("row_index", None)
+    reference = _reference(rest, input_ids.shape[0] // 2)
+    return PreferenceBatch(input_ids, labels, attention_mask, reference, row_index, rest)
+
+
+def with_row_index(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with `row_index` [N] int64: the positions that predict a token with loss.
+
+    For a collator. On the CPU they cost nothing; found on a GPU, the host waits for the device once
+    a step.
+
+    Raises:
+        ValueError: as `preference_batch`.
+    """
+    labels = shift_labels(preference_batch(batch).labels)
+    row_index = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    return {**batch, "row_index": row_index}
 
 
 def _reference(rest: dict[str, Any], pairs: int) -> Tensor | None:

@@ -3,6 +3,7 @@ their logits.
 
     sequence_logps    a model and a batch of sequences to their log-probabilities
     dpo_loss          a model, its reference and a batch of pairs to the loss
+    with_row_index    a batch to one whose loss waits for nothing on a GPU, for collators
     read_head         the model's lm_head, as `fastdpo.loss` takes it
 
 The backbone runs as the model wrote it, through every wrapper around it, up to the input of its
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdpo import checks
 from fastdpo import loss as core
 from fastdpo.integrations.batches import (
     IGNORE_INDEX,
@@ -28,6 +30,7 @@ from fastdpo.integrations.batches import (
     preference_batch,
     shift_labels,
     unshift,
+    with_row_index,
 )
 from fastdpo.integrations.capture import Captured, capture
 from fastdpo.integrations.families import FAMILIES, HeadRule
@@ -43,6 +46,7 @@ __all__ = [
     "hidden_scale",
     "read_head",
     "sequence_logps",
+    "with_row_index",
 ]
 
 
@@ -153,7 +157,9 @@ def dpo_loss(
         batch: TRL's names: `input_ids` [2B, T], the B chosen sequences first; `labels` [2B, T]
             (same positions, -100 without loss) or `completion_mask` [2B, T]; optionally
             `attention_mask` [2B, T], and `ref_chosen_logps`, `ref_rejected_logps` [B] (sums;
-            averages where `average_log_prob`). All other entries go to the models' forward.
+            averages where `average_log_prob`), and `row_index` as `with_row_index` adds it: then
+            nothing waits for a GPU, else the number of rows does, once. All other entries go to
+            the models' forward.
         ref_model: the reference.
         beta, objective, label_smoothing, average_log_prob, **objective_options: as in
             `fastdpo.loss.linear_dpo_loss`.
@@ -170,6 +176,7 @@ def dpo_loss(
         UnsupportedModel: a ValueError; see `sequence_logps`.
     """
     parts = preference_batch(batch)
+    row_index = parts.row_index
     if reference_free:
         if ref_model is not None or parts.ref_logps is not None:
             raise ValueError("reference_free should be False where a reference is given")
@@ -179,7 +186,7 @@ def dpo_loss(
             raise ValueError("ref_model should be None where the batch has ref_chosen_logps")
         ref_logps = parts.ref_logps
     else:
-        ref_logps = _reference_logps(model, ref_model, parts, temperature, backend)
+        ref_logps, row_index = _reference_logps(model, ref_model, parts, temperature, backend)
     model_kwargs = dict(parts.model_kwargs)
     if router_aux_loss_coef is not None:
         model_kwargs["output_router_logits"] = True
@@ -191,6 +198,7 @@ def dpo_loss(
             captured.head.weight,
             shift_labels(parts.labels).to(device),
             ref_logps=None if ref_logps is None else ref_logps.to(device),
+            row_index=None if row_index is None else row_index.to(device),
             beta=beta,
             objective=objective,
             label_smoothing=label_smoothing,
@@ -248,7 +256,10 @@ def _reference_logps(
     parts: PreferenceBatch,
     temperature: float,
     backend: str | None,
-) -> Tensor:  # [2B, T] per token, aligned with the shifted labels
+) -> tuple[Tensor, Tensor | None]:
+    """Per token [2B, T], aligned with the shifted labels, and the rows that carry loss [N]: found
+    once, for the policy as well.
+    """
     peft = peft_model(model)
     if ref_model is not None:
         adapter, reference = nullcontext(), ref_model
@@ -262,11 +273,23 @@ def _reference_logps(
         )
     with adapter:
         captured = capture(reference, parts.input_ids, parts.attention_mask, **parts.model_kwargs)
+        labels, row_index = _rows(captured, parts)
         logps = captured_logps(
-            captured, shift_labels(parts.labels), temperature=temperature, backend=backend
+            captured, labels, row_index=row_index, temperature=temperature, backend=backend
         )
     assert isinstance(logps, Tensor)  # no stats were asked for
-    return logps
+    return logps, row_index
+
+
+def _rows(captured: Captured, parts: PreferenceBatch) -> tuple[Tensor, Tensor | None]:
+    """The shifted labels [2B, T], checked, and which of them carry loss; None where all do."""
+    labels = shift_labels(parts.labels).to(captured.hidden.device)
+    if parts.row_index is not None:
+        return labels, parts.row_index.to(labels.device)
+    if torch.compiler.is_compiling():
+        return labels, None
+    vocab = captured.head.weight.shape[0]
+    return labels, checks.label_rows(labels.flatten(), IGNORE_INDEX, vocab, None).index
 
 
 def _at_tokens(tokens: core.LinearLogps) -> core.LinearLogps:
