@@ -9,7 +9,7 @@ import torch
 
 from fastdpo.integrations.trl import use_fastdpo
 
-trl = pytest.importorskip("trl", reason="needs trl")
+trl = pytest.importorskip("trl", "1.16", reason="needs trl 1.16, and that Python 3.11")
 datasets = pytest.importorskip("datasets", reason="needs datasets")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 

@@ -82,7 +82,7 @@ CONFIGS: dict[str, dict[str, Tile]] = {
     },
     "sm_120": {
         "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
-        "plain": _PLAIN,
+        "plain": Tile(64, 64, 32, warps=8, stages=2),
         "tf32": _TF32,
         "ieee": _IEEE,
     },
