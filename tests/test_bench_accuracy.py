@@ -12,6 +12,7 @@ from benchmarks import accuracy
 from benchmarks.inputs import BETA, IGNORE_INDEX, make_inputs
 from benchmarks.oracle import accuracy_record, dpo_loss, oracle
 from benchmarks.providers import BASELINES, by_name, registry
+from benchmarks.providers.base import missing
 from benchmarks.providers.eager import Eager
 from benchmarks.runner import why_not
 from benchmarks.scenarios import Scenario
@@ -89,7 +90,8 @@ def check(name, scenario, but_not=frozenset()):
 
 def test_who_runs_on_this_machine_is_not_nobody():
     here = [p.name for p in registry() if why_not(p, TRAINED, CPU) is None]
-    assert {"fastdpo", "fastdpo-w0", "eager", "trl-selective", "compiled"} <= set(here)
+    assert {"fastdpo", "fastdpo-w0", "eager", "compiled"} <= set(here)
+    assert ("trl-selective" in here) == (missing("trl.trainer.utils") is None)
 
 
 class Wrong(Eager):

@@ -15,6 +15,7 @@ from benchmarks import accuracy, documents, plots, report, sections, workspace
 from benchmarks.environment import environment
 from benchmarks.measure import Deadline, Protocol
 from benchmarks.promises import by_dtype
+from benchmarks.providers.base import missing
 from benchmarks.runner import run_scenario
 from benchmarks.scenarios import Scenario
 
@@ -22,6 +23,7 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 QUICK = Protocol(warmup=1, min_rounds=2, max_rounds=2)
 SCENARIO = Scenario("tiny", 64, share=0.5, dtype="bf16", sequences=4)
+NEEDS_TRL = pytest.mark.skipif(missing("trl.trainer.utils") is not None, reason="needs trl")
 PEERS = ["fastdpo", "fastdpo-cuda", "eager", "trl-selective", "cce"]
 
 
@@ -35,6 +37,7 @@ def loss_doc():
     return loss_document()
 
 
+@NEEDS_TRL
 def test_everybody_is_listed_and_only_the_accurate_are_timed(loss_doc):
     by = {r["provider"]: r for r in loss_doc["results"]}
     assert list(by) == ["products", *PEERS]
@@ -55,6 +58,7 @@ def test_time_that_is_over_is_said_so():
     assert by["cce"]["status"] == "absent"
 
 
+@NEEDS_TRL
 def test_what_a_provider_raises_is_its_result(monkeypatch):
     from benchmarks.providers.eager import SelectiveLogSoftmax
 
@@ -109,6 +113,7 @@ def test_documents_grow_by_scenario_and_keep_one_origin(loss_doc, tmp_path):
         documents.merged(loss_doc, elsewhere)
 
 
+@NEEDS_TRL
 def test_the_section_says_what_the_document_says(loss_doc):
     section = report.render({"cpu-loss": loss_doc})
     by = {r["provider"]: r for r in loss_doc["results"]}

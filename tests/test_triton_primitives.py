@@ -546,3 +546,11 @@ def test_it_says_what_it_serves():
     assert ok, why
     for name in triton.PRIMITIVES:
         assert callable(getattr(triton, name))
+
+
+def test_a_triton_that_is_too_old_is_refused(monkeypatch):
+    for version, expected in (("3.5.1", False), ("3.6.0", True), ("3.10.0+git", True)):
+        monkeypatch.setattr("triton.__version__", version)
+        ok, why = triton.available()
+        assert ok is expected, why
+        assert expected or why == "Triton 3.5.1 is older than 3.6"

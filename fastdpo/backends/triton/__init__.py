@@ -16,7 +16,10 @@ Importing this imports triton; `fastdpo` itself does not.
 
 from __future__ import annotations
 
+import re
+
 import torch
+import triton
 from torch import Tensor
 
 from fastdpo.backends import ExpSums, SequenceLoss
@@ -37,6 +40,7 @@ __all__ = [
     "target_logits",
 ]
 
+OLDEST = (3, 6)  # of Triton: where what these kernels use is as they use it
 PRIMITIVES = frozenset(
     {"target_logits", "exp_logits", "logits_logps", "logits_logps_backward", "sequence_loss"}
 )
@@ -44,6 +48,9 @@ PRIMITIVES = frozenset(
 
 def available() -> tuple[bool, str]:
     """Whether the kernels can run here, and why or why not, in words."""
+    if _version() < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return False, f"Triton {triton.__version__} is older than {oldest}"
     if interpreted():
         return True, "Triton's interpreter (TRITON_INTERPRET=1): correct, on any device, and slow"
     if not torch.cuda.is_available():
@@ -135,6 +142,10 @@ def sequence_loss(
     return SequenceLoss(
         *ops.sequence_loss(logps, offsets, ref_logps, beta, label_smoothing, average, interleaved)
     )
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 
 
 def _flat(head: Head) -> tuple[Tensor, Tensor | None, float, float | None, float]:

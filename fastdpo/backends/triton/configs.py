@@ -39,7 +39,8 @@ class Tile:
 
 
 _PLAIN = Tile(64, 128, 32, warps=8, stages=2)
-_PLAIN_FP32 = Tile(32, 32, 32, warps=4, stages=2)
+_PLAIN_TF32 = Tile(64, 128, 32, warps=8, stages=2)
+_PLAIN_IEEE = Tile(32, 32, 32, warps=8, stages=2)
 _TF32 = Tile(128, 128, 32, warps=8, stages=2, chunks=2)
 _IEEE = Tile(64, 64, 16, warps=4, stages=3)
 
@@ -138,9 +139,9 @@ def pick(arch: str, kind: str, softcap: bool) -> Tile:
 def pick_plain(arch: str, kind: str) -> Tile:
     """The tile for flagged rows, and where rows do not all start at 16-byte multiples."""
     table = _table(arch)
-    if kind == "tf32" and kind in table:
-        return table[kind]
-    return table["plain"] if kind == "half" else _PLAIN_FP32
+    if kind == "half":
+        return table["plain"]
+    return _PLAIN_TF32 if kind == "tf32" and kind in table else _PLAIN_IEEE
 
 
 def _table(arch: str) -> dict[str, Tile]:
