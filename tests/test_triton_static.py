@@ -70,6 +70,7 @@ def sound(kernels: list[Resources]) -> None:
         if k.kernel.startswith("exp_logits") and not k.variant.startswith("ieee"):
             assert k.tensor_cores > 0, k
         if k.kernel == "exp_logits_tma":
+            assert "versionMajor = 2" not in k.layout, k  # not Ampere's tensor-core instructions
             assert k.bulk_loads > 0, k
             assert (k.bulk_stores > 0) == ("out" in k.variant), k
 

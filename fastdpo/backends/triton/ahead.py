@@ -46,12 +46,12 @@ SHARED_LIMIT = {
     "gfx942": 64 << 10,
 }
 # How each architecture's matrix instructions begin, in SASS or in AMD's assembly.
-TENSOR_CORE = {
+TENSOR_CORE: dict[str, str | tuple[str, ...]] = {
     "sm_80": "HMMA",
     "sm_86": "HMMA",
     "sm_89": "HMMA",
     "sm_90": "HGMMA",
-    "sm_100": "UTCHMMA",
+    "sm_100": ("UTCHMMA", "HMMA"),  # the latter in the plain tile
     "sm_120": "HMMA",
     "gfx942": "v_mfma",
 }
@@ -276,7 +276,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _nvidia_binary(asm: dict[str, Any], tensor_core: str) -> dict[str, int]:
+def _nvidia_binary(asm: dict[str, Any], tensor_core: str | tuple[str, ...]) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -299,7 +299,7 @@ def _nvidia_binary(asm: dict[str, Any], tensor_core: str) -> dict[str, int]:
     }
 
 
-def _amd_binary(asm: dict[str, Any], tensor_core: str) -> dict[str, int]:
+def _amd_binary(asm: dict[str, Any], tensor_core: str | tuple[str, ...]) -> dict[str, int]:
     text = asm["amdgcn"]
 
     def field(name: str) -> int:
