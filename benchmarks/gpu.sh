@@ -8,8 +8,9 @@
 # runs out of time is cut off and leaves what it has; one that finds no time left is skipped and
 # said so. Naming stages (build tests sanitizer kernels loss step accuracy ncu max-tokens) runs
 # those alone. --cpu runs the same stages at CPU sizes, to prove the script where there is no GPU.
-# PYTHON names the interpreter (python); WHEELS a folder of wheels to install first, for peers where
-# there is no registry. With pytest-xdist the tests run six at a time.
+# PYTHON names the interpreter (the first of python and python3 that has PyTorch), WHEELS a folder
+# of wheels to install first, for peers where there is no registry. With pytest-xdist the tests run
+# six at a time.
 set -uo pipefail
 
 usage() {
@@ -34,7 +35,12 @@ done
 mkdir -p "$1" || exit 1
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python}
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  for python in python python3; do
+    if "$python" -c 'import torch' 2>/dev/null; then break; fi
+  done
+fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 end=$((SECONDS + budget))
 log=$out/log.txt
@@ -108,7 +114,8 @@ tests() {
 
 profile() {
   # The clocks stay as they are.
-  within ncu --clock-control none --set full -k regex:exp_logits -c 1 "$python" -m benchmarks.exp_logits_once \
+  within ncu --clock-control none --set full -k regex:exp_logits -c 1 \
+    "$python" -m benchmarks.exp_logits_once \
     >"$out/ncu.txt" 2>&1
 }
 
