@@ -19,7 +19,7 @@ _COLUMNS_GPU = (
 
 
 def loss(doc: dict[str, Any]) -> str:
-    columns = _COLUMNS_GPU if doc["environment"]["device"] == "cuda" else _COLUMNS
+    columns = _columns(doc)
     lines = [
         "**The DPO loss step**: time as a multiple of the floor (the bare matrix products of the "
         "rows that carry loss), and peak memory beyond inputs and gradients. " + _source(doc),
@@ -111,12 +111,15 @@ def workspace(doc: dict[str, Any]) -> str:
 
 def accuracy(doc: dict[str, Any]) -> str:
     measured = [r for r in doc["results"] if r["status"] == "ok"] or doc["results"]
-    longest = max(r["scenario"]["tokens"] for r in measured)
-    rows = [r for r in measured if r["scenario"]["tokens"] == longest]
+    longest: dict[bool, int] = {}  # of a peaked softmax, and of a flat one
+    for r in measured:
+        s = r["scenario"]
+        longest[s["peaked"]] = max(longest.get(s["peaked"], 0), s["tokens"])
+    rows = [r for r in measured if r["scenario"]["tokens"] == longest[r["scenario"]["peaked"]]]
     scenario = rows[0]["scenario"]
     lines = [
-        f"**Accuracy** against {rows[0]['oracle']}, {scenario['head']}, {scenario['dtype']}, one "
-        f"pair of {longest // scenario['sequences']:,} tokens each. " + _source(doc),
+        f"**Accuracy** against {rows[0]['oracle']}, {scenario['head']}, {scenario['dtype']}: the "
+        "longest pair measured of each softmax, by the tokens of one sequence. " + _source(doc),
         "",
         _row(
             *("provider", "softmax", "nats per token, RMS", "nats per sequence, largest"),
@@ -125,7 +128,7 @@ def accuracy(doc: dict[str, Any]) -> str:
         _row("---", "---", *["---:"] * 5, "---"),
     ]
     for r in rows:
-        if r["status"] != "ok":
+        if r["status"] != "ok" or r["provider"] not in (*_columns(doc), "trl-selective"):
             continue
         cells = (
             _number(r.get("token_nats"), "rms"),
@@ -135,7 +138,9 @@ def accuracy(doc: dict[str, Any]) -> str:
         )
         margin = r["margin_at_initialisation"]
         start = "not finite" if margin is None else "0" if margin == 0 else f"{margin:.1e}"
-        kind = "peaked" if r["scenario"]["peaked"] else "flat"
+        s = r["scenario"]
+        kind = "peaked" if s["peaked"] else "flat"
+        kind += f", {s['tokens'] // s['sequences']:,}"
         rule = "kept" if r["passes"] else "**broken**"
         lines.append(_row(f"`{r['provider']}`", kind, *cells, start, rule))
     return "\n".join(lines)
@@ -249,6 +254,10 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels,
     "counted": counted,
 }
+
+
+def _columns(doc: dict[str, Any]) -> tuple[str, ...]:
+    return _COLUMNS_GPU if doc["environment"]["device"] == "cuda" else _COLUMNS
 
 
 def by_scenario(doc: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

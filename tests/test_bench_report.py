@@ -158,9 +158,14 @@ def test_the_accuracy_section_shows_the_longest_sequences_that_were_measured():
     late = accuracy.measure(
         Scenario("tiny", 64, sequences=2), CPU, ["fastdpo"], deadline=Deadline(0.0)
     )
-    doc = documents.document("accuracy", "Accuracy", environment(CPU), {}, shown + late)
+    flat = accuracy.measure(
+        Scenario("tiny", 64, sequences=2, peaked=False), CPU, ["fastdpo", "fastdpo-wmax"]
+    )
+    doc = documents.document("accuracy", "Accuracy", environment(CPU), {}, shown + late + flat)
     section = report.render({"cpu-accuracy": doc})
-    assert section.count("| `fastdpo` | peaked |") == 1
+    assert section.count("| `fastdpo` | peaked, 16 |") == 1
+    assert section.count("| `fastdpo` | flat, 32 |") == 1
+    assert "fastdpo-wmax" not in section  # the loss table's providers are enough
     assert f"{shown[1]['sequence_nats']['max']:.1e}" in section
 
 
