@@ -26,7 +26,7 @@ from benchmarks.inputs import IGNORE_INDEX, Inputs
 from benchmarks.pretend import DEVICE, PretendGPU
 from benchmarks.providers import Provider, by_name
 from benchmarks.runner import failure
-from benchmarks.scenarios import DTYPES, HEADS, Scenario
+from benchmarks.scenarios import DTYPES, HEADS, TRAINS, Scenario
 
 METHOD = (
     "bytes that PyTorch's allocator is asked for in one step, at their peak, less inputs and "
@@ -89,34 +89,41 @@ def row(provider: Provider, scenario: Scenario) -> dict[str, Any]:
     return found
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         prog="python -m benchmarks.counted", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--head", choices=HEADS, help="one scenario, with the options below")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192])
-    parser.add_argument("--share", type=float, default=0.5, help="of tokens that carry loss")
-    parser.add_argument("--trains", default="head", help="head, frozen or forward")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--providers", nargs="+", default=PROVIDERS)
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png (no suffix here)")
-    return parser.parse_args()
+    made.add_argument("--head", choices=HEADS, help="one scenario, with the options below")
+    made.add_argument("--tokens", type=int, nargs="+", default=[8192])
+    made.add_argument("--share", type=float, default=0.5, help="of tokens that carry loss")
+    made.add_argument("--trains", choices=TRAINS, default="head")
+    made.add_argument("--sequences", type=int, default=8)
+    made.add_argument("--providers", nargs="+", default=PROVIDERS)
+    made.add_argument("--out", type=Path, help="write OUT.json and OUT.png (no suffix here)")
+    return made
+
+
+def scenarios(args: argparse.Namespace) -> list[Scenario]:
+    if not args.head:
+        return SCENARIOS
+    return [
+        Scenario(args.head, tokens, args.share, args.trains, sequences=args.sequences)
+        for tokens in args.tokens
+    ]
 
 
 def main() -> None:
-    args = parse()
-    scenarios = SCENARIOS
-    if args.head:
-        scenarios = [
-            Scenario(args.head, tokens, args.share, args.trains, sequences=args.sequences)
-            for tokens in args.tokens
-        ]
+    args = parser().parse_args()
+    try:
+        chosen, providers = scenarios(args), by_name(args.providers)
+    except ValueError as error:
+        parser().error(str(error))
     env = environment(torch.device("cpu"))
     rows = []
-    with tables.progress("counted", len(scenarios)) as tick:
-        for scenario in scenarios:
+    with tables.progress("counted", len(chosen)) as tick:
+        for scenario in chosen:
             tick(scenario.name)
-            rows += [row(provider, scenario) for provider in by_name(args.providers)]
+            rows += [row(provider, scenario) for provider in providers]
     tables.counted(rows)
     title = "Memory of a step, counted"
     doc = documents.document("counted", title, env, {"memory": METHOD}, rows)

@@ -29,6 +29,10 @@ _PROTOCOLS = {
 }
 
 
+# Seconds after which nothing is begun, where --time-limit says nothing: suites keep their word.
+_TIME_LIMITS = {"quick": 110.0, "full": 570.0}
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m benchmarks.loss", description=__doc__.split("\n\n")[0]
@@ -47,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--providers", nargs="+", help="only these (see --list)")
     made.add_argument("--list", action="store_true", help="list providers, and who is absent")
     made.add_argument("--find-max-tokens", metavar="SIZE", help="the longest pair within SIZE")
-    made.add_argument("--time-limit", type=float, help="seconds after which nothing is begun")
+    made.add_argument(
+        "--time-limit",
+        type=float,
+        help="seconds after which nothing is begun (default: 110 for --suite quick, 570 for full)",
+    )
     made.add_argument("--no-memory", action="store_true", help="measure time alone")
     made.add_argument("--device", type=torch.device, default=default_device())
     made.add_argument("--out", type=Path, help="write OUT.json, OUT.png and OUT-tokens.png")
@@ -71,15 +79,20 @@ def scenarios(args: argparse.Namespace) -> list[Scenario]:
             )
             for tokens in args.tokens
         ]
+    return SUITES[suite(args)]
+
+
+def suite(args: argparse.Namespace) -> str:
     on_cpu = args.device.type == "cpu"
     small, usual = ("cpu-quick", "cpu") if on_cpu else ("quick", "quick")
-    return SUITES[args.suite or (small if args.quick else usual)]
+    return args.suite or (small if args.quick else usual)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, show and save as it goes; returns the document."""
     protocol = _PROTOCOLS[args.device.type]
-    deadline = Deadline(args.time_limit)
+    usual = None if args.head else _TIME_LIMITS.get(suite(args))
+    deadline = Deadline(usual if args.time_limit is None else args.time_limit)
     env = environment(args.device)
     how = {"memory": memory.METHOD[args.device.type], **protocol.as_dict()}
     tables.hardware(env, describe(env))

@@ -52,9 +52,9 @@ def render(docs: dict[str, dict[str, Any]], folder: Path = RESULTS) -> str:
         parts.append(f"### {title}")
         for name, doc in group.items():
             parts.append(sections.RENDER[doc["kind"]](doc))
-            plot = folder / f"{name}.png"
-            if plot.exists():
-                parts.append(f"![{doc['title']}](benchmarks/results/{plot.name})")
+            for plot, what in ((f"{name}.png", ""), (f"{name}-tokens.png", ", against tokens")):
+                if (folder / plot).exists():
+                    parts.append(f"![{doc['title']}{what}](benchmarks/results/{plot})")
     return "\n\n".join(parts)
 
 

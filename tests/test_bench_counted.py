@@ -84,3 +84,11 @@ def test_the_command(tmp_path):
     doc = json.loads((tmp_path / "counted.json").read_text())
     assert [r["provider"] for r in doc["results"]] == ["fastdpo", "eager"]
     assert all(r["extra_bytes"] > 0 for r in doc["results"])
+
+
+def test_a_wrong_scenario_is_refused(capsys, monkeypatch):
+    for wrong in (["--head", "tiny", "--tokens", "7"], ["--providers", "nobody"]):
+        monkeypatch.setattr(sys, "argv", ["counted", *wrong])
+        with pytest.raises(SystemExit):
+            counted.main()
+        assert "should be" in capsys.readouterr().err

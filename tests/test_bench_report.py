@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, documents, plots, report, sections, workspace
+from benchmarks import accuracy, documents, loss, plots, report, sections, workspace
 from benchmarks.environment import environment
 from benchmarks.measure import Deadline, Protocol
 from benchmarks.promises import by_dtype
@@ -212,6 +212,34 @@ def test_plots_of_the_loss(loss_doc, tmp_path):
     report.draw({"cpu-loss": doc}, tmp_path)
     for name in ("cpu-loss.png", "cpu-loss-tokens.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_section_shows_both_plots(loss_doc, tmp_path):
+    (tmp_path / "cpu-loss.png").touch()
+    assert "against tokens" not in report.render({"cpu-loss": loss_doc}, tmp_path)
+    (tmp_path / "cpu-loss-tokens.png").touch()
+    section = report.render({"cpu-loss": loss_doc}, tmp_path)
+    assert "![The DPO loss step](benchmarks/results/cpu-loss.png)" in section
+    assert "![The DPO loss step, against tokens](benchmarks/results/cpu-loss-tokens.png)" in section
+
+
+def test_suites_of_a_gpu_stop_in_time(monkeypatch, tmp_path):
+    limits = []
+
+    def deadline(seconds):
+        limits.append(seconds)
+        return Deadline(0.0)
+
+    monkeypatch.setattr(loss, "Deadline", deadline)
+    for arguments in (
+        ["--suite", "full"],
+        ["--suite", "quick"],
+        ["--suite", "full", "--time-limit", "5"],
+        ["--suite", "cpu"],
+        ["--head", "tiny", "--tokens", "64"],
+    ):
+        assert not loss.run(loss.parser().parse_args(arguments))["results"]
+    assert limits == [570.0, 110.0, 5.0, None, None]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
