@@ -125,9 +125,10 @@ def against_tokens(doc: dict[str, Any], path: Path) -> None:
     for axis, text in zip(axes, ("seconds per step", "extra memory, GiB"), strict=True):
         if any(len(line.get_xdata()) for line in axis.lines):  # a log axis needs a point
             axis.set(xscale="log", yscale="log")
+            _token_ticks(axis, {r["scenario"]["tokens"] for rows in lines.values() for r in rows})
         axis.set(xlabel="tokens", ylabel=text)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=6)
+    axes[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     head, share, trains, dtype, *_ = key
     figure.suptitle(
         f"{head}, {share:.0%} carry loss, {trains}, {dtype}\n{describe(doc['environment'])}",
@@ -189,9 +190,7 @@ def accuracy(doc: dict[str, Any], path: Path) -> None:
             style = {"color": OURS, "lw": 2.2} if name == "fastdpo" else {"lw": 1.0}
             axis.plot(*zip(*sorted(points), strict=True), "o-", ms=3, label=name, **style)
         axis.set(xscale="log", yscale="log", xlabel="tokens of the sequence")
-        lengths = sorted({length for points in lines.values() for length, _ in points})
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.minorticks_off()
+        _token_ticks(axis, {length for points in lines.values() for length, _ in points})
         axis.set_title(
             "a trained model's softmax" if peaked else "a nearly flat softmax", fontsize=9
         )
@@ -240,6 +239,12 @@ def _colour(provider: str) -> str:
     if provider.startswith("fastdpo"):
         return OURS
     return {"products": "black", "eager": EAGER}.get(provider, PEER)
+
+
+def _token_ticks(axis: Any, tokens: set[int]) -> None:
+    """A tick where something was measured, and nowhere else."""
+    axis.set_xticks(sorted(tokens), [f"{t:,}" for t in sorted(tokens)])
+    axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def _save(figure: Any, path: Path) -> None:
