@@ -58,7 +58,7 @@ def pairs():
     return datasets.Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
 
 
-def train(folder, policy, fast, reference=None, peft_config=None, **args):
+def built(folder, policy, fast, reference=None, peft_config=None, **args):
     config = trl.DPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH,
@@ -83,6 +83,11 @@ def train(folder, policy, fast, reference=None, peft_config=None, **args):
     )
     if fast:
         assert use_fastdpo(trainer) is trainer
+    return trainer
+
+
+def train(*args, **options):
+    trainer = built(*args, **options)
     trainer.train()
     assert not torch.is_autocast_enabled("cpu")
     logged = [row for row in trainer.state.log_history if "loss" in row]
@@ -168,6 +173,40 @@ def test_other_calls_reach_the_models_own_forward(tmp_path):
     ids = torch.tensor([[2, 3, 4]])
     assert trained(input_ids=ids).logits.shape == (1, 3, V)
     assert trained.generate(ids, max_new_tokens=2, do_sample=False).shape[1] <= 5
+
+
+def test_policy_and_reference_look_for_the_rows_once(tmp_path):
+    """And so a step waits for the GPU once; labels that changed are looked at again."""
+    pretend = pytest.importorskip("benchmarks.pretend", reason="needs triton")
+    # Eager attention and a mask: else transformers itself would wait.
+    policy, reference = (model(attn_implementation="eager") for _ in range(2))
+    trainer = built(tmp_path, policy, True, disturbed(reference))
+    policy, reference = trainer.model, trainer.ref_model
+    ids = torch.randint(2, V, (4, 9))
+    labels = ids.clone()
+    labels[:, :4] = -100
+
+    def call(lm, labels):
+        mask = torch.ones_like(on_gpu)
+        return lm(input_ids=on_gpu, attention_mask=mask, labels=labels, fused_lm_head=True)
+
+    on_gpu = ids
+    expected = [call(lm, labels).log_probs.detach() for lm in (policy, reference)]
+    with pretend.PretendGPU() as gpu:
+        for lm in (policy, reference):
+            lm._apply(gpu.put)
+        on_gpu, labels = gpu.put(ids), gpu.put(labels)
+        gpu.waits.clear()
+        found = [call(lm, labels) for lm in (policy, reference)]
+        (-found[0].log_probs.sum()).backward()
+        assert len(gpu.waits) == 1
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(gpu.get(a.log_probs), b)
+        labels[:, 4] = -100
+        again = call(reference, labels)
+        assert len(gpu.waits) == 2
+        assert not gpu.get(again.log_probs)[:, 3].any()
+        assert gpu.get(found[1].log_probs)[:, 3].all()
 
 
 def test_bad_input():

@@ -288,8 +288,20 @@ def _rows(captured: Captured, parts: PreferenceBatch) -> tuple[Tensor, Tensor | 
         return labels, parts.row_index.to(labels.device)
     if torch.compiler.is_compiling():
         return labels, None
-    vocab = captured.head.weight.shape[0]
-    return labels, checks.label_rows(labels.flatten(), IGNORE_INDEX, vocab, None).index
+    return labels, find_rows(labels, captured.head.weight.shape[0])
+
+
+def find_rows(
+    shifted_labels: Tensor,  # [S, T]
+    vocab_size: int,
+) -> Tensor | None:
+    """The positions [N] that predict a token with loss, or None where all do: on a GPU, the one
+    wait of a step.
+
+    Raises:
+        ValueError: a label lies outside the vocabulary.
+    """
+    return checks.label_rows(shifted_labels.flatten(), IGNORE_INDEX, vocab_size, None).index
 
 
 def _at_tokens(tokens: core.LinearLogps) -> core.LinearLogps:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import inspect
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fastdpo import checks
 from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
 from fastdpo.integrations.capture import capture
-from fastdpo.integrations.hf import captured_logps
+from fastdpo.integrations.hf import captured_logps, find_rows
 from fastdpo.integrations.unwrap import causal_lm, peft_model
 from fastdpo.loss import LinearLogps
 
@@ -67,9 +69,10 @@ def use_fastdpo(
     if trainer.use_weighting:
         policy_stats += ("log_sum_sq_probs",)
     options = {"workspace_bytes": workspace_bytes, "backend": backend}
-    _answer(causal_lm(policy), stats=policy_stats, **options)
+    rows = _LastRows()
+    _answer(causal_lm(policy), rows, stats=policy_stats, **options)
     if trainer.ref_model is not None:
-        _answer(causal_lm(cast(nn.Module, trainer.ref_model)), stats=(), **options)
+        _answer(causal_lm(cast(nn.Module, trainer.ref_model)), rows, stats=(), **options)
     return trainer
 
 
@@ -81,7 +84,33 @@ def _refuse_sharded(trainer: Any) -> None:
         checks.fail("trainer", "without DeepSpeed ZeRO-3: its lm_head is sharded", "ZeRO-3")
 
 
-def _answer(lm: nn.Module, *, stats: tuple[str, ...], **options: Any) -> None:
+class _LastRows:
+    """The rows that carry loss, of the labels last seen.
+
+    A trainer hands one tensor of labels to the policy and then to the reference: finding its rows
+    once saves the second wait for a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._labels: Callable[[], Tensor | None] = lambda: None
+        self._version = 0
+        self._index: Tensor | None = None  # [N]
+
+    def index(
+        self,
+        labels: Tensor,  # [S, T]
+        shifted: Tensor,  # [S, T] the same, shifted, on the hidden states' device
+        vocab_size: int,
+    ) -> Tensor | None:  # [N], or None: to be found by whoever needs it
+        if torch.compiler.is_compiling() or labels.is_inference():
+            return None
+        if self._labels() is not labels or self._version != labels._version:
+            self._labels, self._version = weakref.ref(labels), labels._version
+            self._index = find_rows(shifted, vocab_size)
+        return None if self._index is None else self._index.to(shifted.device)
+
+
+def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options: Any) -> None:
     """Give `lm` a forward that answers `fused_lm_head=True` by fastdpo."""
     from trl.trainer.utils import FusedCausalLMOutput
 
@@ -92,14 +121,15 @@ def _answer(lm: nn.Module, *, stats: tuple[str, ...], **options: Any) -> None:
             return previous(*args, **kwargs)
         labels: Tensor = kwargs.pop("labels")  # [S, T]
         captured = capture(self, *args, forward=previous, **kwargs)
-        shifted = shift_labels(labels)
-        tokens = captured_logps(captured, shifted, stats=stats, **options)
+        shifted = shift_labels(labels).to(captured.hidden.device)
+        index = rows.index(labels, shifted, captured.head.weight.shape[0])
+        tokens = captured_logps(captured, shifted, row_index=index, stats=stats, **options)
         if isinstance(tokens, Tensor):
             tokens = LinearLogps(tokens)
         # TRL's columns are the positions that predict: all but the last.
         columns = {k: None if v is None else v[:, :-1] for k, v in tokens._asdict().items()}
         logps = cast(Tensor, columns.pop("logps"))
-        mask = shifted[:, :-1].to(logps.device) != IGNORE_INDEX
+        mask = shifted[:, :-1] != IGNORE_INDEX
         return FusedCausalLMOutput(
             loss=-logps.sum() / mask.sum().clamp(min=1),
             log_probs=logps,
