@@ -94,9 +94,12 @@ def ninja_text(nvcc: str, target: Path) -> str:
     gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in sass]
     gencode += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ptx]
     host = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-    # No --use_fast_math: approximations are chosen by name in the source. A spilled register or
-    # a local array would cost more than any of them, and fails the build.
-    device = ["-lineinfo", "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
+    # No --use_fast_math: approximations are chosen by name in the source. No contraction either:
+    # the source says fmaf where it means it, so that the backward's logits are the forward's to
+    # the bit. A spilled register or a local array would cost more than either, and fails the
+    # build.
+    device = ["-lineinfo", "-fmad=false"]
+    device += ["-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,-Werror"]
     include = [
         f"-isystem={path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))
     ]

@@ -31,7 +31,9 @@ int driver_version() {
   return version;
 }
 
-// Makes `device` current for a scope, after checking (once per device) that this binary runs on it.
+// Makes `device` current for a scope, after checking (once per device) that this binary runs on it,
+// and lets other Python threads run meanwhile: a launch may wait (for a context, a module, a full
+// queue), and what it waits for may be another thread's launch.
 class DeviceScope {
  public:
   DeviceScope(int device, const char* op) {
@@ -56,6 +58,7 @@ class DeviceScope {
   static bool checked(int device) { return device < 64 && (known_.load() >> device & 1u) != 0; }
 
   static inline std::atomic<uint64_t> known_{0};
+  py::gil_scoped_release release_;
   int previous_ = 0;
   int current_ = 0;
 };

@@ -1,5 +1,7 @@
-// From what is stored to the logits of the model: z = softcap(scale · u) / temperature, and its
-// derivative.
+// From what is stored to the logits of the model, and the derivative:
+//
+//     z = factor · t       t = tanh(pre · u), factor = post with a softcap, t = u, factor = pre
+//     without one          ∂z/∂u = gain · (1 − t²) or gain
 #pragma once
 
 #include "common.cuh"
@@ -7,23 +9,70 @@
 
 namespace fastdpo {
 
-// tanhf, not tanh.approx: the latter's relative error of 2^-11 would be 0.01 in a logit capped
-// at 30.
-template <bool kSoftcap>
-__device__ __forceinline__ float map_logit(const LogitMap& map, float u) {
-  return kSoftcap ? map.post * tanhf(map.pre * u) : map.pre * u;
+// tanh.approx has a relative error of 2^-11, which would be 0.01 in a logit capped at 30. Here it
+// is below 2^-21: a polynomial close to zero, one exponential and one reciprocal elsewhere.
+constexpr float kTanhNear = 0.55f;
+
+// x + x³ · P(x²), the minimax polynomial: 4e-8 and the roundings.
+__device__ __forceinline__ float tanh_near(float x) {
+  const float square = x * x;
+  float p = fmaf(square, 0.01643758f, -0.052671813f);
+  p = fmaf(p, square, 0.13320725f);
+  p = fmaf(p, square, -0.33332947f);
+  return fmaf(p * square, x, x);
 }
 
-// Also d = 1 − tanh², so that ∂z/∂u = gain · d; d = 1 without a softcap.
-template <bool kSoftcap>
-__device__ __forceinline__ float map_logit(const LogitMap& map, float u, float& derivative) {
-  if (!kSoftcap) {
-    derivative = 1.0f;
-    return map.pre * u;
+// 1 − 2q / (1 + q) with q = e^(−2|x|).
+__device__ __forceinline__ float tanh_far(float x) {
+  const float q = fast_exp(-2.0f * fabsf(x));
+  return copysignf(fmaf(-2.0f, q * fast_reciprocal(1.0f + q), 1.0f), x);
+}
+
+__device__ __forceinline__ float tanh_anywhere(float x) {
+  return fabsf(x) < kTanhNear ? tanh_near(x) : tanh_far(x);
+}
+
+// The same for a vector. Called by all lanes of a warp: where all of their elements are close to
+// zero, as most logits are under the caps of today's models, the other formula is skipped, which
+// is half the arithmetic of a kernel that should wait for memory alone. An element's bits do not
+// depend on it.
+template <int kCount>
+__device__ __forceinline__ void tanh_anywhere(float (&x)[kCount]) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(x[i]));
+  if (__any_sync(kAllLanes, largest >= kTanhNear)) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = tanh_anywhere(x[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = tanh_near(x[i]);
   }
-  const float t = tanhf(map.pre * u);
-  derivative = fmaf(-t, t, 1.0f);
-  return map.post * t;
+}
+
+// u -> t, one element or, called by all lanes of a warp, a vector in place.
+template <bool kSoftcap>
+__device__ __forceinline__ float curve(const LogitMap& map, float u) {
+  return kSoftcap ? tanh_anywhere(map.pre * u) : u;
+}
+
+template <bool kSoftcap, int kCount>
+__device__ __forceinline__ void curve(const LogitMap& map, float (&u)[kCount]) {
+  if constexpr (kSoftcap) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) u[i] *= map.pre;
+    tanh_anywhere(u);
+  }
+}
+
+template <bool kSoftcap>
+__device__ __forceinline__ float factor(const LogitMap& map) {
+  return kSoftcap ? map.post : map.pre;
+}
+
+template <bool kSoftcap>
+__device__ __forceinline__ float map_logit(const LogitMap& map, float u) {
+  return factor<kSoftcap>(map) * curve<kSoftcap>(map, u);
 }
 
 }  // namespace fastdpo

@@ -26,13 +26,12 @@ struct RowGradient {
   float lse;
   int label;  // -1 where it is outside the vocabulary
 
+  // t as `curve` gives it. z is rounded before lse is taken from it, as the forward rounded it.
   template <bool kSoftcap>
-  __device__ __forceinline__ float operator()(const LogitMap& map, float u, int column) const {
-    float derivative;
-    const float z = map_logit<kSoftcap>(map, u, derivative);
-    const float probability = fast_exp(z - lse);
+  __device__ __forceinline__ float operator()(const LogitMap& map, float t, int column) const {
+    const float probability = fast_exp(factor<kSoftcap>(map) * t - lse);
     const float slope = column == label ? 1.0f - probability : -probability;
-    return kSoftcap ? scale * slope * derivative : scale * slope;
+    return kSoftcap ? scale * slope * fmaf(-t, t, 1.0f) : scale * slope;
   }
 };
 
@@ -80,15 +79,16 @@ __device__ __forceinline__ void write_same_type(const T* logits, T* out, int beg
     reader.load(first, kStep, end, raw);
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
+      if (base + u * kStep >= end) break;  // whole blocks: `curve` is for whole warps
       const int at = first + u * kStep;
-      if (at >= end) break;
       float values[kVector<T>];
       unpack<T>(raw[u], values);
+      curve<kSoftcap>(map, values);
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) {
         values[i] = gradient.template operator()<kSoftcap>(map, values[i], at + i);
       }
-      store_vector(out, at, vocab, values);
+      if (at < end) store_vector(out, at, vocab, values);
     }
   }
 }
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads) logits_backward_kernel(const LogitsB
     // coalesced.
     for (int at = (begin < 0 ? 0 : begin) + static_cast<int>(threadIdx.x); at < end;
          at += kThreads) {
-      const float u = Element<In>::load(logits + at);
-      out[at] = Element<Out>::from_float(gradient.template operator()<kSoftcap>(p.map, u, at));
+      const float t = curve<kSoftcap>(p.map, Element<In>::load(logits + at));
+      out[at] = Element<Out>::from_float(gradient.template operator()<kSoftcap>(p.map, t, at));
     }
   }
 }

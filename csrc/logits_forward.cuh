@@ -33,9 +33,10 @@ __device__ __forceinline__ void add_vectors(OnlineSum& total, const uint4 (&raw)
   for (int u = 0; u < kLoads; ++u) {
     float z[kVector<T>];
     unpack<T>(raw[u], z);
+    curve<kSoftcap>(map, z);
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
-      z[i] = map_logit<kSoftcap>(map, z[i]);
+      z[i] *= factor<kSoftcap>(map);
       if (kMasked && first + u * step + i >= end) z[i] = -INFINITY;
     }
     total.add(z);
@@ -62,8 +63,13 @@ __device__ __forceinline__ OnlineSum sum_stretch(const T* row, int begin, int en
   return total;
 }
 
+// By one thread. The label's own logit is read only now, so that no block waits for it first.
+template <class T, bool kSoftcap>
 __device__ __forceinline__ void write_row(const LogitsForwardParams& p, int64_t row,
-                                          const OnlineSum& total, float own) {
+                                          const T* logits, int64_t label, const OnlineSum& total) {
+  // A label outside the vocabulary is loud, and never read.
+  const float own =
+      label < p.vocab ? map_logit<kSoftcap>(p.map, Element<T>::load(logits + label)) : NAN;
   // (own − top) − log Σ, and not own − lse: the difference of two large numbers is taken where it
   // is exact.
   const float log_sum = logf(total.sum);
@@ -86,16 +92,12 @@ __global__ void __launch_bounds__(kThreads) logits_forward_kernel(const LogitsFo
     return;
   }
   const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-  float own = NAN;  // a label outside the vocabulary is loud, and never read
-  if (threadIdx.x == 0 && label < p.vocab)
-    own = map_logit<kSoftcap>(p.map, Element<T>::load(logits + label));
-
   const int begin = split * kColumns<T>;
   const int end = p.vocab - begin < kColumns<T> ? p.vocab : begin + kColumns<T>;
   OnlineSum total = sum_stretch<T, kSoftcap>(logits, begin, end, p.vocab, p.map);
   total = block_combine(total, scratch);
   if (threadIdx.x != 0) return;
-  if (p.splits == 1) return write_row(p, row, total, own);
+  if (p.splits == 1) return write_row<T, kSoftcap>(p, row, logits, label, total);
 
   float2* partials = p.partials + row * p.splits;
   partials[split] = make_float2(total.top, total.sum);
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) logits_forward_kernel(const LogitsFo
     const float2 partial = __ldcg(partials + i);
     total.add(OnlineSum{partial.x, partial.y});
   }
-  write_row(p, row, total, own);
+  write_row<T, kSoftcap>(p, row, logits, label, total);
 }
 
 }  // namespace fastdpo

@@ -23,7 +23,7 @@ struct OnlineSum {
     float terms[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) terms[i] = fast_exp(z[i] - next.anchor());
-    sum = sum * fast_exp(top - next.anchor()) + tree_sum(terms);
+    sum = fmaf(sum, fast_exp(top - next.anchor()), tree_sum(terms));
     top = new_top;
   }
 

@@ -101,8 +101,19 @@ __device__ __forceinline__ Coefficients finish_pair(const SequenceLossParams& p,
 
 // Rows before the first sequence and after the last one belong to none, and get zeros.
 __device__ __forceinline__ void write_rows(const SequenceLossParams& p, Span span, float value) {
-  for (int64_t row = span.begin + threadIdx.x; row < span.end; row += kThreads) {
-    p.row_coefficients[row] = counts(p, row) ? value : 0.0f;
+  constexpr int kAtOnce = 4;  // labels are read before the first coefficient is written
+  for (int64_t first = span.begin + threadIdx.x; first < span.end; first += kAtOnce * kThreads) {
+    bool carries[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t row = first + u * kThreads;
+      carries[u] = row < span.end && counts(p, row);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t row = first + u * kThreads;
+      if (row < span.end) p.row_coefficients[row] = carries[u] ? value : 0.0f;
+    }
   }
 }
 

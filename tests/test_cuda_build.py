@@ -115,6 +115,23 @@ def test_no_kernel_spills_and_all_fit(built, module):
 
 
 @needs_nvcc
+def test_products_and_sums_are_fused_only_where_the_source_says_so(built):
+    """The backward without a softcap says it nowhere, with one everywhere."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("cuobjdump is in neither the toolkit nor a Triton wheel")
+    listing = subprocess.run(
+        [tool, "-sass", "-arch", "sm_90", str(built)], capture_output=True, text=True, check=True
+    ).stdout
+    backward = [f for f in listing.split("Function : ")[1:] if "logits_backward" in f[:60]]
+    assert len(backward) == 18
+    for code in backward:
+        name = code.split()[0]
+        assert "FMUL" in code, name
+        assert ("FFMA" in code) == ("Lb1" in name), name
+
+
+@needs_nvcc
 def test_it_links_no_pytorch_and_no_shared_cuda_runtime(built):
     readelf = shutil.which("readelf")
     if readelf is None:

@@ -51,6 +51,17 @@ def test_any_alignment_and_row_stride(dtype, offset):
     cases.check_backward(cuda, logits, labels, wide[3:].as_strided((4, 40037), (40101, 1)))
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_what_the_hardwares_own_functions_decide(dtype):
+    """Its exponential, maximum and reciprocal, which the CPU's tests have to imitate."""
+    cases.check_extreme_logits(cuda, dtype, DEVICE)
+    cases.check_neighbours_under_a_softcap(cuda, dtype, DEVICE)
+    cases.check_certain_labels(cuda, dtype, DEVICE)
+    cases.check_common_offset(cuda, DEVICE)
+    cases.check_infinities_and_nan(cuda, DEVICE)
+    cases.check_labels_outside(cuda, DEVICE)
+
+
 @pytest.mark.parametrize("to", cases.DTYPES, ids=str)
 def test_the_gradient_in_another_dtype(to):
     logits, labels = cases.logits_and_labels(torch.bfloat16, 3, 777, ignored=(1,), device=DEVICE)
@@ -219,9 +230,11 @@ for dtype in cases.DTYPES:
         logits = logits.clone() if offset == 1 else logits
         h = cases.head(logits, softcap=9.0)
         offsets = torch.tensor([0, 2, 4], device="cuda")
-        fused = cuda.logits_sequence_loss(logits, labels, h, offsets, offsets[:2].float(), 0.1)
+        ref = torch.tensor([0.0, 2.0]).to("cuda")
+        picked = (labels.cpu().clamp(0) % 4).to("cuda")
+        fused = cuda.logits_sequence_loss(logits, labels, h, offsets, ref, 0.1)
         cuda.logits_logps_backward(fused.row_coefficients, logits, labels, fused.lse, h, logits)
-        cuda.target_logits(logits, cases.Head(logits.clone()), labels.clamp(0) % 4)
+        cuda.target_logits(logits, cases.Head(logits.clone()), picked)
 torch.cuda.synchronize()
 """
 
@@ -234,8 +247,9 @@ def test_compute_sanitizer(tool):
         pytest.skip("compute-sanitizer is not on PATH")
     tests = str(Path(__file__).parent)
     done = subprocess.run(
-        # Only our kernels: what PyTorch launches is not ours to judge.
-        [program, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=fastdpo",
+        # Only our kernels: what PyTorch launches is not ours to judge. (So initcheck does not see
+        # what those write: the program's inputs come from the CPU.)
+        [program, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=fastdpo",
          sys.executable, "-c", SANITIZED],
         env={
             **os.environ,

@@ -6,6 +6,7 @@ the fp32 eager baseline from the very same inputs, and holds the kernels to the 
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -105,6 +106,92 @@ def check_backward(
     backend.logits_logps_backward(grad, logits, labels, lse, h, out, grad_scale=grad_scale)
     assert torch.equal(out[~rows], torch.zeros_like(out[~rows])), "gradients where ignored"
     assert_as_accurate(out[rows], base.to(out.dtype), exact, 3, "gradient")
+
+
+def check_extreme_logits(backend: ModuleType, dtype: torch.dtype, device: str = "cpu") -> None:
+    vocab, big = 3001, 1e4 if dtype != torch.float16 else 6e4
+    logits, labels = logits_and_labels(dtype, 8, vocab, device=device)
+    logits[0], logits[1], logits[2] = big, -big, big
+    logits[2, 17], labels[2] = -big, 17  # the label at probability e^-20000
+    logits[3, ::2], labels[3] = -math.inf, 1
+    logits[4], labels[4] = -math.inf, 5
+    logits[4, 5] = 2.0  # the label is all there is
+    logits[5, 100], labels[5] = big, 100
+    logits[6] = 0.0
+    check_forward(backend, logits, labels)
+    check_backward(backend, logits, labels, torch.empty_like(logits))
+    logps, _ = backend.logits_logps(logits, labels, head(logits))
+    assert logps[4].item() == 0.0
+    assert logps[5].item() == 0.0
+
+
+def check_common_offset(backend: ModuleType, device: str = "cpu") -> None:
+    """logp = (z_y − max) − log Σ is exact where z_y − lse would lose three digits."""
+    logits = (10000.0 + torch.randn(16, 500)).to(device)
+    labels = torch.randint(0, 500, (16,)).to(device)
+    ours, _ = backend.logits_logps(logits, labels, head(logits))
+    exact = logits.double().log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    assert (ours - exact).abs().max() < 2e-6
+
+
+def check_infinities_and_nan(backend: ModuleType, device: str = "cpu") -> None:
+    logits, labels = logits_and_labels(torch.float32, 6, 300, device=device)
+    logits[0] = -math.inf
+    logits[1, 7] = math.inf
+    logits[2, 7], labels[2] = math.inf, 7
+    logits[3, 9] = math.nan
+    logits[4, labels[4]] = -math.inf
+    ours = backend.logits_logps(logits, labels, head(logits))
+    exact = reference.logits_logps(logits.double(), labels, head(logits))
+    for mine, oracle in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, oracle.float(), equal_nan=True)
+    capped = head(logits, softcap=5.0)
+    ours = backend.logits_logps(logits, labels, capped)
+    exact = reference.logits_logps(logits.double(), labels, capped)
+    for mine, oracle in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, oracle.float(), equal_nan=True)
+
+
+def check_labels_outside(backend: ModuleType, device: str = "cpu") -> None:
+    logits, labels = logits_and_labels(torch.bfloat16, 3, 50, device=device)
+    labels[1], labels[2] = 50, 1 << 40
+    logps, lse = backend.logits_logps(logits, labels, head(logits))
+    assert logps.isnan().tolist() == [False, True, True]
+    assert lse.isfinite().all()
+
+
+def check_neighbours_under_a_softcap(
+    backend: ModuleType, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Small logits, alone and with a large one in every third vector."""
+    vocab, h = 5003, Head(torch.empty(1, 1), softcap=10.0)
+    small, labels = logits_and_labels(dtype, 2, vocab, spread=0.5, device=device)
+    mixed = small.clone()
+    large = torch.arange(3, vocab, 24)
+    mixed[:, large] = 9.0
+    lse = torch.full((2,), 12.0, device=device)
+    grad = torch.ones(2, device=device)
+    results = []
+    for logits in (small, mixed):
+        check_forward(backend, logits, labels, softcap=10.0)
+        check_backward(backend, logits, labels, torch.empty_like(logits), softcap=10.0)
+        out = torch.empty_like(logits)
+        backend.logits_logps_backward(grad, logits, labels, lse, h, out)
+        out[:, large] = 0.0
+        results.append(bits(out))
+    assert_same_bits(*results)
+
+
+def check_certain_labels(backend: ModuleType, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Forward and backward round a logit alike: probability 1 is exactly 1."""
+    logits, labels = logits_and_labels(dtype, 64, 1, device=device)
+    for transform in TRANSFORMS:
+        h = head(logits, **transform)
+        logps, lse = backend.logits_logps(logits, labels, h)
+        out = torch.full_like(logits, POISON)
+        backend.logits_logps_backward(torch.ones_like(lse), logits, labels, lse, h, out)
+        assert not logps.any()
+        assert not out.any()
 
 
 def check_target_logits(

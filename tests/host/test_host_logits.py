@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import pytest
@@ -110,51 +109,29 @@ def test_any_schedule_gives_the_same_bits(cuda, host, dtype):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_extreme_logits(cuda, dtype):
-    vocab, big = 3001, 1e4 if dtype != torch.float16 else 6e4
-    logits, labels = cases.logits_and_labels(dtype, 8, vocab)
-    logits[0], logits[1], logits[2] = big, -big, big
-    logits[2, 17], labels[2] = -big, 17  # the label at probability e^-20000
-    logits[3, ::2], labels[3] = -math.inf, 1
-    logits[4], labels[4] = -math.inf, 5
-    logits[4, 5] = 2.0  # the label is all there is
-    logits[5, 100], labels[5] = big, 100
-    logits[6] = 0.0
-    cases.check_forward(cuda, logits, labels)
-    cases.check_backward(cuda, logits, labels, torch.empty_like(logits))
-    logps, _ = cuda.logits_logps(logits, labels, cases.head(logits))
-    assert logps[4].item() == 0.0
-    assert logps[5].item() == 0.0
+    cases.check_extreme_logits(cuda, dtype)
 
 
 def test_a_large_common_offset_costs_no_accuracy(cuda):
-    """logp = (z_y − max) − log Σ is exact where z_y − lse would lose three digits."""
-    logits = 10000.0 + torch.randn(16, 500)
-    labels = torch.randint(0, 500, (16,))
-    ours, _ = cuda.logits_logps(logits, labels, cases.head(logits))
-    exact = logits.double().log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
-    assert (ours - exact).abs().max() < 2e-6
+    cases.check_common_offset(cuda)
 
 
 def test_infinities_and_nan_come_out_as_the_oracle_has_them(cuda):
-    logits, labels = cases.logits_and_labels(torch.float32, 6, 300)
-    logits[0] = -math.inf
-    logits[1, 7] = math.inf
-    logits[2, 7], labels[2] = math.inf, 7
-    logits[3, 9] = math.nan
-    logits[4, labels[4]] = -math.inf
-    h = cases.head(logits)
-    ours = cuda.logits_logps(logits, labels, h)
-    exact = cases.reference.logits_logps(logits.double(), labels, h)
-    for mine, oracle in zip(ours, exact, strict=True):
-        torch.testing.assert_close(mine, oracle.float(), equal_nan=True)
+    cases.check_infinities_and_nan(cuda)
 
 
 def test_labels_outside_the_vocabulary_are_nan_and_never_read(cuda):
-    logits, labels = cases.logits_and_labels(torch.bfloat16, 3, 50)
-    labels[1], labels[2] = 50, 1 << 40
-    logps, lse = cuda.logits_logps(logits, labels, cases.head(logits))
-    assert logps.isnan().tolist() == [False, True, True]
-    assert lse.isfinite().all()
+    cases.check_labels_outside(cuda)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_an_element_under_a_softcap_has_the_same_bits_whoever_is_beside_it(cuda, dtype):
+    cases.check_neighbours_under_a_softcap(cuda, dtype)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_a_certain_label_has_no_gradient(cuda, dtype):
+    cases.check_certain_labels(cuda, dtype)
 
 
 def test_nothing_to_do(cuda, host):

@@ -42,6 +42,7 @@ def logits_logps_backward_kernel(
         return
     u = tl.load(logits_ptr + row * row_stride + wide * column_stride, mask=mask, other=0.0)
     t, factor = head_curve(u.to(tl.float32), inner, outer)
-    p = exponential(tl.fma(t, factor, -tl.load(lse_ptr + row)))
+    # Not one fma: z is rounded as the forward rounded it, so that probability 1 is exactly 1.
+    p = exponential(t * factor - tl.load(lse_ptr + row))
     grad = tl.where(columns == label, 1.0 - p, -p) * (tl.load(grad_ptr + row) * gain)
     tl.store(out, times_slope(grad, t, outer).to(out_ptr.dtype.element_ty), mask=mask)

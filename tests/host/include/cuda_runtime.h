@@ -78,6 +78,16 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   return value;
 }
 
+inline bool __any_sync(unsigned mask, bool predicate) {
+  memcpy(host_cuda::lane_slot(threadIdx.x % 32), &predicate, sizeof(predicate));
+  host_cuda::warp_barrier(mask);
+  bool any = false;
+  for (unsigned lane = 0; lane < 32; ++lane)
+    any |= *static_cast<const bool*>(host_cuda::lane_slot(lane));
+  host_cuda::shuffle_done();
+  return any;
+}
+
 // ---- Memory
 
 template <class T>
