@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: kernels are there, and not run
-
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: kernels are there, and not run
 
 from benchmarks import documents, plots, tables
 from benchmarks.environment import environment
@@ -114,6 +115,8 @@ def scenarios(args: argparse.Namespace) -> list[Scenario]:
 
 def main() -> None:
     args = parser().parse_args()
+    if torch.cuda.is_available():
+        parser().error("there is a GPU here: `python -m benchmarks.loss` measures its memory")
     try:
         chosen, providers = scenarios(args), by_name(args.providers)
     except ValueError as error:

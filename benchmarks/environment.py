@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +58,8 @@ def describe(env: dict[str, Any]) -> str:
 
 
 def _commit() -> dict[str, Any]:
-    head = _run("git", "-C", str(_ROOT), "rev-parse", "HEAD")
+    """FASTDPO_COMMIT names it where the tree came without its repository."""
+    head = _run("git", "-C", str(_ROOT), "rev-parse", "HEAD") or os.environ.get("FASTDPO_COMMIT")
     status = _run("git", "-C", str(_ROOT), "status", "--porcelain", "--", "fastdpo", "csrc")
     return {"id": head, "modified": None if status is None else bool(status)}
 
@@ -77,12 +79,21 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
     }
+    _busy(device)
     line = _run(
         "nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader", "-i", "0"
     )
     if line is not None:
         found |= dict(zip(_GPU_FIELDS, (v.strip() for v in line.split(",")), strict=False))
     return found
+
+
+def _busy(device: torch.device) -> None:
+    """Half a second of products, the queue full of more: an idle GPU's clocks say nothing."""
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        torch.mm(a, a)
 
 
 def _cpu() -> dict[str, Any]:

@@ -7,7 +7,8 @@
 # step.json, max-tokens.json and ncu.txt. SECONDS (600 by default) is for all of it. A stage that
 # runs out of time is cut off and leaves what it has; one that finds no time left is skipped and
 # said so. Naming stages (build tests sanitizer kernels loss step accuracy ncu max-tokens) runs
-# those alone. --cpu runs the same stages at CPU sizes, to prove the script where there is no GPU.
+# those alone, and gives them the time of the others: ten minutes do not hold all of it, three times
+# ten do (build tests sanitizer kernels; loss; step accuracy ncu max-tokens). --cpu runs the same stages at CPU sizes, to prove the script where there is no GPU.
 # PYTHON names the interpreter (the first of python and python3 that has PyTorch), WHEELS a folder
 # of wheels to install first, for peers where there is no registry. With pytest-xdist the tests run
 # six at a time.
@@ -53,18 +54,29 @@ wanted() { [ "$chosen" = "  " ] || [[ $chosen = *" $1 "* ]]; }
 
 left() { echo $((end - SECONDS)); }
 
-# stage NAME LEAST MOST COMMAND...: runs COMMAND for at most MOST seconds of what is left, and not
-# at all where less than LEAST is. $limit, which COMMAND may use, is the time it has.
+# The most seconds of each stage, and of those that are wanted together.
+declare -A most=([build]=120 [tests]=180 [sanitizer]=90 [kernels]=60 [loss]=160 [step]=60
+  [accuracy]=45 [ncu]=40 [max-tokens]=60)
+together=0
+for name in $all; do
+  ! wanted "$name" || together=$((together + most[$name]))
+done
+
+# stage NAME LEAST COMMAND...: runs COMMAND for as long as the stage may, more where the budget is
+# more than all may, and not at all where less than LEAST is left. $limit, which COMMAND may use, is
+# the time it has.
 stage() {
-  local name=$1 least=$2 most=$3 status
-  shift 3
+  local name=$1 least=$2 longest status
+  shift 2
   wanted "$name" || return 0
   limit=$(left)
+  longest=${most[$name]}
+  [ "$budget" -le "$together" ] || longest=$((longest * budget / together))
   if [ "$limit" -lt "$least" ]; then
     say "$name: skipped, $limit s left and it needs $least"
     return 0
   fi
-  [ "$limit" -le "$most" ] || limit=$most
+  [ "$limit" -le "$longest" ] || limit=$longest
   say "$name: at most $limit s"
   status=0
   "$@" >>"$log" 2>&1 || status=$?
@@ -97,7 +109,7 @@ build() {
   fi
   capability=$("$python" -c 'import torch
 print("%d.%d" % torch.cuda.get_device_capability())') || return
-  FASTDPO_CUDA_ARCHS=$capability FASTDPO_BUILD_JOBS=$(nproc) \
+  FASTDPO_BUILD_CUDA=1 FASTDPO_CUDA_ARCHS=$capability FASTDPO_BUILD_JOBS=$(nproc) \
     within "$python" setup.py build_ext --inplace
 }
 
@@ -126,7 +138,7 @@ sys.exit(not torch.cuda.is_available())' 2>>"$log"; then
 fi
 if [ $device = cuda ]; then
   say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1)"
-  suite=full kernels=full accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b) size=16GiB
+  suite=full kernels=full accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b --batch-size 4) size=16GiB
   pair=(--head llama-3-8b)
 else
   suite=tiny kernels=tiny accuracy=(--head tiny --lengths 16 32) step=(--model tiny --steps 3) size=64MiB
@@ -138,19 +150,19 @@ if [ -n "${WHEELS:-}" ]; then
     say "wheels: not all of $WHEELS could be installed (see log.txt)"
 fi
 rm -f "$out/tests.txt"
-stage build 30 120 build
-stage tests 20 150 tests "gpu and not slow"
-stage sanitizer 20 60 tests "gpu and slow"
-stage kernels 20 60 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
-stage loss 20 160 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss"
-stage step 30 60 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
-stage accuracy 20 45 benchmark accuracy --device "$device" "${accuracy[@]}" --no-plots \
+stage build 30 build
+stage tests 20 tests "gpu and not slow"
+stage sanitizer 20 tests "gpu and slow"
+stage kernels 20 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
+stage loss 20 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss"
+stage step 30 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
+stage accuracy 20 benchmark accuracy --device "$device" "${accuracy[@]}" --no-plots \
   --out "$out/accuracy"
 if command -v ncu >/dev/null; then
-  stage ncu 20 40 profile
+  stage ncu 20 profile
 elif wanted ncu; then
   say "ncu: not here, no profile"
 fi
-stage max-tokens 20 45 benchmark loss "${pair[@]}" --device "$device" --find-max-tokens "$size" \
+stage max-tokens 20 benchmark loss "${pair[@]}" --device "$device" --find-max-tokens "$size" \
   --providers fastdpo fastdpo-w0 eager trl-chunked --out "$out/max-tokens"
 say "done with $(left) s left: $(cd "$out" && echo ./*)"

@@ -63,8 +63,11 @@ def make_inputs(
     device: torch.device,
     seed: int = 0,
     weight: Tensor | None = None,  # [V, D]
+    with_reference: bool = True,
 ) -> Inputs:
-    """A batch; with `weight` it shares the head of another."""
+    """A batch; with `weight` it shares the head of another. Without the reference its
+    log-probabilities are 0, which is enough where only memory is measured.
+    """
     weight = make_weight(scenario, device, seed) if weight is None else weight
     generator = torch.Generator(device).manual_seed(1000 + seed)
     count, length, size = scenario.sequences, scenario.length, scenario.shape.hidden_size
@@ -89,11 +92,18 @@ def make_inputs(
         ref_hidden[s] = h + _REFERENCE_NOISE * random(length, size)
     labels[:, : length - scenario.carrying // count] = IGNORE_INDEX
     inputs = Inputs(
-        scenario, hidden, weight, labels, ref_hidden, weight.detach(), hidden.new_zeros(count)
+        scenario,
+        hidden,
+        weight,
+        labels,
+        ref_hidden,
+        weight.detach(),
+        hidden.new_zeros(count, dtype=accumulated(dtype)),
     )
-    inputs.ref_logps = blocked_logps(
-        ref_hidden, weight.detach(), labels, scenario.shape.softcap
-    ).sum(-1)
+    if with_reference:
+        inputs.ref_logps = blocked_logps(
+            ref_hidden, weight.detach(), labels, scenario.shape.softcap
+        ).sum(-1)
     hidden.requires_grad_(scenario.trains != "forward")
     return inputs
 
@@ -107,7 +117,7 @@ def blocked_logps(
     block: int = 512,
 ) -> Tensor:  # [2B, T] fp32 (fp64 for fp64), 0 where ignored
     """Log-probabilities multiplied in fp32 at least, a block of rows at a time."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    wide = accumulated(hidden.dtype)
     weight = weight.to(wide)
     logps = torch.zeros(labels.shape, device=hidden.device, dtype=wide)
     index = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
@@ -117,6 +127,10 @@ def blocked_logps(
         own = z.gather(1, flat[part].unsqueeze(1)).squeeze(1)
         logps.view(-1)[part] = own - z.logsumexp(1)
     return logps
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:

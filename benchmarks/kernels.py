@@ -25,6 +25,7 @@ from benchmarks.environment import default_device, describe, environment
 from benchmarks.kernels_contest import Contest, Shape
 from benchmarks.kernels_steps import contests
 from benchmarks.measure import Deadline, Protocol, interleaved, quantiles
+from benchmarks.runner import failure
 
 SUITES = {
     "quick": (Shape("llama-3-8b", 4096),),
@@ -44,10 +45,17 @@ _FLOOR = "floor"
 def measure(contest: Contest, device: torch.device, protocol: Protocol) -> list[dict[str, Any]]:
     """One row per backend."""
     row = {"primitive": contest.name, "scenario": {"name": _title(contest), **contest.shape}}
-    taken = interleaved({_FLOOR: contest.floor, **contest.steps}, device, protocol)
-    floor = quantiles(taken[_FLOOR])
     rows: list[dict[str, Any]] = []
-    for name in contest.steps:
+
+    def failed(name: str, error: Exception) -> None:
+        if name == _FLOOR:
+            raise error
+        rows.append({"provider": name, "status": "failed", "reason": failure(error), **row})
+
+    steps = {_FLOOR: contest.floor, **contest.steps}
+    taken = interleaved(steps, device, protocol, failed=failed)
+    floor = quantiles(taken.pop(_FLOOR))
+    for name in taken:
         seconds = quantiles(taken[name])
         rows.append(
             {
@@ -90,9 +98,9 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             _brief(r["predicted_seconds_h200"]),
         )
     tables.console.print(table)
-    absent = ((r["provider"], r["primitive"], r["reason"]) for r in rows if r["status"] != "ok")
-    for provider, primitive, reason in absent:
-        tables.console.print(f"  {provider} is absent from {primitive}: {reason}")
+    for r in (r for r in rows if r["status"] != "ok"):
+        where = "is absent from" if r["status"] == "absent" else "failed in"
+        tables.console.print(f"  {r['provider']} {where} {r['primitive']}: {r['reason']}")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -106,6 +114,9 @@ def run(args: argparse.Namespace) -> None:
         measured: list[dict[str, Any]] = []
         for contest in () if deadline.passed else contests(shape, args.device):
             measured += measure(contest, args.device, _PROTOCOL)
+            if args.out:  # after each contest: a run that is cut off leaves what it has
+                so_far = {**doc, "results": doc["results"] + measured}
+                documents.save(so_far, args.out.with_suffix(".json"))
             if deadline.passed:
                 break
         if not measured:
@@ -113,8 +124,6 @@ def run(args: argparse.Namespace) -> None:
             continue
         show(measured, _caption(measured[0]["scenario"]))
         doc["results"] += measured
-        if args.out:  # after each shape: a run that is cut off leaves what it has
-            documents.save(doc, args.out.with_suffix(".json"))
 
 
 def _title(contest: Contest) -> str:

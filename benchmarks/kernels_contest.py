@@ -7,6 +7,7 @@ help.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,8 @@ from fastdpo.backends import select
 from fastdpo.backends.select import BackendUnavailable
 
 ROTATE = 2
+# Of what a memory-bound contender reads or writes in turn: no GPU's L2 holds the last call's.
+_BEYOND_CACHES, _MOST_SETS = 256 << 20, 16
 COPY = "a copy of as many bytes"
 
 
@@ -68,9 +71,14 @@ def serving(primitive: str, like: Tensor) -> tuple[dict[str, ModuleType], dict[s
     return found, absent
 
 
+def sets(size: float) -> int:
+    """How many sets of `size` bytes a memory-bound contest turns through."""
+    return min(_MOST_SETS, math.ceil(_BEYOND_CACHES / max(1.0, size)))
+
+
 def copy_of(size: float, device: torch.device) -> Step:
     """A copy that reads and writes `size` bytes together."""
     half = max(1, int(size) // 2)
-    source = torch.empty(ROTATE, half, dtype=torch.uint8, device=device)
-    target = torch.empty(half, dtype=torch.uint8, device=device)
-    return lambda i: target.copy_(source[i % ROTATE])
+    count = max(ROTATE, sets(half))
+    source, target = (torch.empty(count, half, dtype=torch.uint8, device=device) for _ in range(2))
+    return lambda i: target[i % count].copy_(source[i % count])

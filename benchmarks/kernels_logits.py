@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from benchmarks import kernels_model
 from benchmarks.inputs import capped
-from benchmarks.kernels_contest import COPY, Contest, Shape, copy_of, serving
+from benchmarks.kernels_contest import COPY, Contest, Shape, copy_of, serving, sets
 from benchmarks.measure import Step
 from benchmarks.providers.base import no_compiler
 from benchmarks.scenarios import HEADS
@@ -20,68 +21,78 @@ Function = Callable[[Tensor, Tensor, float | None], Tensor]
 
 
 def contests(shape: Shape, device: torch.device) -> Iterator[Contest]:
+    torch.compiler.reset()  # its limit of recompilations is per function, and shapes are many
     _, vocab, softcap = HEADS[shape.head]
-    # More than any L2 for every shape here, so that one set of logits is enough.
-    logits = torch.empty(shape.rows, vocab, device=device, dtype=shape.dtype).normal_()
+    count = sets(shape.rows * vocab * shape.dtype.itemsize)
+    logits = [
+        torch.empty(shape.rows, vocab, device=device, dtype=shape.dtype).normal_()
+        for _ in range(count)
+    ]
     labels = torch.randint(vocab, (shape.rows,), device=device)
-    grad = torch.ones(shape.rows, device=device)
     yield _forward(shape, logits, labels, softcap)
-    yield _backward(shape, logits, labels, grad, softcap)
+    yield _backward(shape, logits, labels, softcap)
 
 
-def _forward(shape: Shape, logits: Tensor, labels: Tensor, softcap: float | None) -> Contest:
-    head = Head(logits.new_empty(0), softcap=softcap)
-    found, absent = serving("logits_logps", logits)
-    work = kernels_model.logits_logps(*logits.shape, logits.element_size())
+def _forward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | None) -> Contest:
+    first, count = logits[0], len(logits)
+    head = Head(first.new_empty(0), softcap=softcap)
+    found, absent = serving("logits_logps", first)
+    work = kernels_model.logits_logps(*first.shape, first.element_size())
     steps: dict[str, Step] = {
-        name: lambda i, m=module: m.logits_logps(logits, labels, head)
+        name: lambda i, m=module: m.logits_logps(logits[i % count], labels, head)
         for name, module in found.items()
     }
-    for name, function in _pytorch(logits.device, absent).items():
-        steps[name] = lambda i, f=function: f(logits, labels, softcap)
-    floor = copy_of(work.bytes, logits.device)
+    for name, function in _pytorch(first.device, absent).items():
+        steps[name] = lambda i, f=function: f(logits[i % count], labels, softcap)
+    floor = copy_of(work.bytes, first.device)
     return Contest("logits_logps", shape.as_dict(), work, COPY, floor, steps, absent)
 
 
-def _backward(
-    shape: Shape, logits: Tensor, labels: Tensor, grad: Tensor, softcap: float | None
-) -> Contest:
-    head = Head(logits.new_empty(0), softcap=softcap)
-    _, lse = select.primitive("logits_logps", logits).logits_logps(logits, labels, head)
-    out = torch.empty_like(logits)
-    found, absent = serving("logits_logps_backward", logits)
-    work = kernels_model.logits_logps_backward(*logits.shape, logits.element_size())
-    steps: dict[str, Step] = {
-        name: lambda i, m=module: m.logits_logps_backward(grad, logits, labels, lse, head, out)
-        for name, module in found.items()
-    }
-    for name, function in _pytorch(logits.device, absent).items():
-        steps[name] = _Graph(function, logits, labels, softcap, grad)
-    floor = copy_of(work.bytes, logits.device)
+def _backward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | None) -> Contest:
+    first, count = logits[0], len(logits)
+    head = Head(first.new_empty(0), softcap=softcap)
+    # By the torch backend, so that a forward that fails does not take this contest with it.
+    oracle = select.primitive("logits_logps", first, "torch")
+    lse = [oracle.logits_logps(z, labels, head)[1] for z in logits]
+    grad, out = torch.ones_like(lse[0]), [torch.empty_like(z) for z in logits]
+    found, absent = serving("logits_logps_backward", first)
+    work = kernels_model.logits_logps_backward(*first.shape, first.element_size())
+
+    def step(module: ModuleType) -> Step:
+        def run(i: int) -> None:
+            j = i % count
+            module.logits_logps_backward(grad, logits[j], labels, lse[j], head, out[j])
+
+        return run
+
+    steps = {name: step(module) for name, module in found.items()}
+    for name, function in _pytorch(first.device, absent).items():
+        steps[name] = _Graphs(function, logits, labels, softcap, grad)
+    floor = copy_of(work.bytes, first.device)
     return Contest("logits_logps_backward", shape.as_dict(), work, COPY, floor, steps, absent)
 
 
-class _Graph:
-    """The backward alone of a graph whose forward ran once, on the first call."""
+class _Graphs:
+    """The backward alone, of graphs whose forwards ran once, on the first call."""
 
     def __init__(
         self,
         function: Function,
-        logits: Tensor,  # [N, V]
+        logits: list[Tensor],  # [N, V] each
         labels: Tensor,  # [N]
         softcap: float | None,
         grad: Tensor,  # [N]
     ):
         self._arguments = function, logits, labels, softcap
         self._grad = grad
-        self._graph: tuple[Tensor, Tensor] | None = None
+        self._graphs: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, i: int) -> Tensor:
-        if self._graph is None:
+        if not self._graphs:
             function, logits, labels, softcap = self._arguments
-            leaf = logits.detach().requires_grad_()
-            self._graph = function(leaf, labels, softcap), leaf
-        logps, leaf = self._graph
+            leaves = [z.detach().requires_grad_() for z in logits]
+            self._graphs = [(function(leaf, labels, softcap), leaf) for leaf in leaves]
+        logps, leaf = self._graphs[i % len(self._graphs)]
         return torch.autograd.grad(logps, leaf, self._grad, retain_graph=True)[0]
 
 

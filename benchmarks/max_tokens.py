@@ -99,7 +99,7 @@ def _fits_on_cuda(provider: Provider, scenario: Scenario, device: torch.device, 
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device)
     try:
-        inputs = make_inputs(scenario, device)
+        inputs = make_inputs(scenario, device, with_reference=False)
         if not provider.computes_reference and scenario.reference == "given":
             inputs.ref_hidden = inputs.ref_hidden[:, :0]
         return _peak(provider, inputs, device) - before <= limit

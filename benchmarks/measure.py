@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 Step = Callable[[int], object]  # the round's number -> anything
+# A GPU's cycles, about a millisecond, that it sleeps before a timed step: the host queues the step
+# meanwhile, as it does in a training loop, and its own time is not taken for the device's.
+_HEAD_START = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,39 @@ def interleaved(
     protocol: Protocol,
     tick: Callable[[str], None] = lambda name: None,
     deadline: Deadline | None = None,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round; each round runs all of them, begun one further on."""
+    """Seconds of every step in every round; each round runs all of them, begun one further on.
+
+    A step that raises is told to `failed` and left out from then on; without `failed` it ends the
+    measuring.
+    """
     names = list(steps)
-    for name in names:
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+
+    def attempt(name: str, action: Callable[[], None]) -> None:
+        tick(name)
+        try:
+            action()
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(name, error)
+            names.remove(name)
+            del taken[name]
+
+    def warm_up(name: str) -> None:
         for i in range(protocol.warmup):
-            tick(name)
             steps[name](i)
-    synchronize(device)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+        synchronize(device)
+
+    def measure(name: str, i: int) -> None:
+        for _ in range(protocol.settle):
+            steps[name](i)
+        taken[name].append(timed(steps[name], i, device))
+
+    for name in steps:
+        attempt(name, lambda n=name: warm_up(n))
     limit = protocol.seconds * len(names)
     start = time.perf_counter()
     for i in range(protocol.max_rounds):
@@ -67,10 +94,7 @@ def interleaved(
             break
         turn = i % max(1, len(names))
         for name in names[turn:] + names[:turn]:
-            tick(name)
-            for _ in range(protocol.settle):
-                steps[name](i)
-            taken[name].append(timed(steps[name], i, device))
+            attempt(name, lambda n=name, i=i: measure(n, i))
     return taken
 
 
@@ -82,6 +106,7 @@ def timed(step: Step, i: int, device: torch.device) -> float:
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     synchronize(device)
+    torch.cuda._sleep(_HEAD_START)
     begin.record()
     step(i)
     end.record()

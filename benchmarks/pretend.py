@@ -228,4 +228,8 @@ def _wide_mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.float() @ b.float()
 
 
-_PRODUCTS = {aten.mm.dtype: _wide_mm}
+def _wide_mm_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    return out.copy_(_wide_mm(a, b, out_dtype))
+
+
+_PRODUCTS = {aten.mm.dtype: _wide_mm, aten.mm.dtype_out: _wide_mm_out}

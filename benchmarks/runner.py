@@ -52,14 +52,20 @@ def run_scenario(
     timed = _still(able, rows)
     bare = products(batches)
     steps = {p.name: _rotating(p, batches) for p in timed}
-    taken = interleaved({**bare, **steps}, device, protocol, tick, deadline)
+
+    def failed(name: str, error: Exception) -> None:
+        if name not in rows:  # the bare products
+            raise error
+        _fail(rows[name], error)
+
+    taken = interleaved({**bare, **steps}, device, protocol, tick, deadline, failed)
     floor = _floor_row(scenario, {name: taken[name] for name in bare})
     del bare, steps, batches
-    for provider in timed:
+    for provider in _still(timed, rows):
         row = rows[provider.name]
         row["seconds"] = quantiles(taken[provider.name])
         _set_multiples(row, scenario, provider, floor["t1_seconds"])
-        if with_memory:
+        if with_memory and not deadline.passed:  # without it a row is still a result
             tick(f"{provider.name}: memory")
             _attempt(
                 row,
@@ -148,11 +154,15 @@ def _attempt(row: dict[str, Any], deadline: Deadline, action: Callable[[], Any])
     try:
         action()
     except Exception as error:  # whatever a peer raises is its result
-        row["status"], row["reason"] = "failed", failure(error)
-        row.pop("seconds", None)
+        _fail(row, error)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _fail(row: dict[str, Any], error: Exception) -> None:
+    row["status"], row["reason"] = "failed", failure(error)
+    row.pop("seconds", None)
 
 
 def failure(error: Exception) -> str:

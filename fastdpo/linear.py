@@ -280,6 +280,8 @@ def backward_pass(
             part = grad_weight[start:stop]
             if size is None and part.dtype == e.dtype:
                 torch.mm(e.t(), scaled, out=part)
+            elif size is None and _widens(e) and part.dtype == torch.float32:
+                torch.mm(e.t(), scaled, out_dtype=torch.float32, out=part)
             else:
                 product = _product(e.t(), scaled)
                 part.copy_(product if size is None else product * size)

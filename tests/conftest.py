@@ -15,9 +15,14 @@ if not torch.cuda.is_available():
 
 import pytest
 
+_INTERPRET = os.environ.get("TRITON_INTERPRET")
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        if os.environ.get("TRITON_INTERPRET") != _INTERPRET:
+            # The tests of a GPU would interpret their kernels, and prove nothing.
+            raise pytest.UsageError("TRITON_INTERPRET should be left alone by what tests import")
         return
     skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:

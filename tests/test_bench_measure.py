@@ -8,7 +8,7 @@ import torch
 from benchmarks import max_tokens, memory
 from benchmarks.floor import products
 from benchmarks.inputs import make_inputs
-from benchmarks.measure import Deadline, Protocol, interleaved, quantiles
+from benchmarks.measure import Deadline, Protocol, interleaved, quantiles, timed
 from benchmarks.providers import BASELINES
 from benchmarks.scenarios import Scenario, from_dict
 
@@ -38,6 +38,44 @@ def test_rounds_stop_when_there_are_enough_and_time_is_over():
     assert len(interleaved({"a": lambda i: None}, CPU, protocol)["a"]) == 2
     late = Deadline(0.0)
     assert len(interleaved({"a": lambda i: None}, CPU, protocol, deadline=late)["a"]) == 1
+
+
+def test_a_step_that_raises_is_told_and_left_out():
+    def broken(i):
+        if i == 1:
+            raise RuntimeError("no more")
+
+    steps = {"a": lambda i: None, "b": broken, "c": lambda i: None}
+    protocol, told = Protocol(warmup=1, min_rounds=4, max_rounds=4), []
+    taken = interleaved(steps, CPU, protocol, failed=lambda name, e: told.append((name, str(e))))
+    assert told == [("b", "no more")]
+    assert {name: len(t) for name, t in taken.items()} == {"a": 4, "c": 4}
+    with pytest.raises(RuntimeError, match="no more"):
+        interleaved(steps, CPU, protocol)
+
+
+def test_a_gpu_is_given_the_step_while_it_sleeps(monkeypatch):
+    """Else the host's time to queue it would be taken for the device's."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("end" if "step" in order else "begin")
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("synchronize"))
+    assert timed(lambda i: order.append("step"), 0, torch.device("cuda")) == 2e-3
+    assert order == ["synchronize", "sleep", "begin", "step", "end", "wait"]
 
 
 def test_quantiles():

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, documents, loss, plots, report, sections, workspace
+from benchmarks import accuracy, documents, loss, plots, report, runner, sections, workspace
 from benchmarks.environment import environment
 from benchmarks.measure import Deadline, Protocol
 from benchmarks.promises import by_dtype
 from benchmarks.providers.base import missing
-from benchmarks.runner import run_scenario
 from benchmarks.scenarios import Scenario
 
 CPU = torch.device("cpu")
@@ -28,7 +27,7 @@ PEERS = ["fastdpo", "fastdpo-cuda", "eager", "trl-selective", "cce"]
 
 
 def loss_document(**kwargs):
-    rows = run_scenario(SCENARIO, CPU, QUICK, PEERS, with_memory=False, **kwargs)
+    rows = runner.run_scenario(SCENARIO, CPU, QUICK, PEERS, with_memory=False, **kwargs)
     return documents.document("loss", "The DPO loss step", environment(CPU), {}, rows)
 
 
@@ -50,6 +49,41 @@ def test_everybody_is_listed_and_only_the_accurate_are_timed(loss_doc):
     t1 = by["products"]["t1_seconds"]
     expected = by["fastdpo"]["seconds"]["median"] / (3 * t1)
     assert by["fastdpo"]["multiple_of_floor"] == pytest.approx(expected)
+
+
+def test_what_was_timed_is_a_result_though_no_time_is_left_for_its_memory(monkeypatch):
+    late = Deadline(None)
+
+    def last(*args):
+        taken = measured(*args)
+        monkeypatch.setattr(late, "_end", 0.0)
+        return taken
+
+    measured = runner.interleaved
+    monkeypatch.setattr(runner, "interleaved", last)
+    rows = runner.run_scenario(SCENARIO, CPU, QUICK, ["fastdpo", "eager"], deadline=late)
+    assert late.passed
+    for row in rows:
+        assert row["status"] == "ok"
+        assert "seconds" in row
+        assert "extra_bytes" not in row
+
+
+def test_a_provider_that_fails_beside_the_others_is_said_so(monkeypatch):
+    def once(self, inputs):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls > 2:  # the check and the first run
+            raise torch.OutOfMemoryError
+        return step(self, inputs)
+
+    (ours,) = runner.by_name(["fastdpo"])
+    step = type(ours).step
+    monkeypatch.setattr(type(ours), "step", once)
+    rows = runner.run_scenario(SCENARIO, CPU, QUICK, ["fastdpo", "eager"], with_memory=False)
+    by = {r["provider"]: r for r in rows}
+    assert (by["fastdpo"]["status"], by["fastdpo"]["reason"]) == ("failed", "out of memory")
+    assert "seconds" not in by["fastdpo"]
+    assert by["eager"]["status"] == by["products"]["status"] == "ok"
 
 
 def test_time_that_is_over_is_said_so():
@@ -267,6 +301,12 @@ def test_the_gpu_script_runs_the_stages_that_are_named(tmp_path):
         assert f"{name}: skipped" in done.stdout
     for name in ("build", "tests", "step", "max-tokens"):
         assert f"{name}: " not in done.stdout
+
+
+def test_the_gpu_scripts_stages_share_the_time_of_those_that_are_not_named(tmp_path):
+    done = gpu_script("--cpu", str(tmp_path / "out"), "600", "build")
+    assert done.returncode == 0
+    assert "build: at most 600 s" in done.stdout
 
 
 def gpu_script(*arguments):

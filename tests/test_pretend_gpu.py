@@ -88,6 +88,35 @@ def test_policy_and_reference_agree_to_the_bit(dtype):
         assert not gpu.get(out.chosen_rewards).any()
 
 
+def test_autocast_writes_the_weights_gradient_once(monkeypatch):
+    """fp32 weights, 16-bit products: their fp32 sums go into the gradient, with no copy between."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    n, vocab, d = 8192, 128_256, 1024
+    extra = step_bytes(n, vocab, d, trained=True, workspace=None, dtype=torch.float32)
+    e, weight, rows = 2 * n * vocab, 2 * vocab * d, n * d * (2 + 2 + 4)
+    assert e + weight < extra < e + weight + rows + 8 * MIB
+
+    monkeypatch.undo()
+    tensors = make(21, 600, 32, torch.float32)
+    tensors = [None if t is None else t.bfloat16().float() if t.is_floating_point() else t
+               for t in tensors]  # fmt: skip
+    results = []
+    for autocast in (False, True):
+        with PretendGPU() as gpu:
+            hidden, weight, _, labels = (None if t is None else gpu.put(t) for t in tensors)
+            hidden.requires_grad_()
+            weight.requires_grad_()
+            monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, on=autocast: on)
+            monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+            logps = linear_logps(hidden, weight, labels)
+            grads = torch.autograd.grad(logps.sum(), (hidden, weight))
+            results.append([gpu.get(t).detach() for t in (logps, *grads)])
+    for exact, ours in zip(*results, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, exact, atol=0.02, rtol=0.02)
+
+
 # ---- Nothing waits
 
 

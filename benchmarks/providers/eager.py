@@ -10,7 +10,7 @@ from benchmarks.providers.base import LogpsProvider, missing, no_compiler
 
 
 def _masked(tokens: Tensor, labels: Tensor) -> Tensor:
-    return torch.where(labels != IGNORE_INDEX, tokens, torch.zeros((), dtype=tokens.dtype))
+    return torch.where(labels != IGNORE_INDEX, tokens, tokens.new_zeros(()))
 
 
 def _safe(labels: Tensor) -> Tensor:

@@ -30,4 +30,4 @@ class TRLChunked(LogpsProvider):
         )[0]
         if compact:
             return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
-        return torch.where(mask, tokens.view(mask.shape), torch.zeros((), dtype=tokens.dtype))
+        return torch.where(mask, tokens.view(mask.shape), tokens.new_zeros(()))
