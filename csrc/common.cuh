@@ -198,21 +198,22 @@ class RowReader {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-// e^x as 2^(x · log2 e) on the special function unit: one multiplication and one ex2. Its relative
-// error is at most 2^-22 (ex2.approx) plus |x| · 2^-24 (the rounded exponent), and results below
-// 2^-126 are zero. Used where x is already the difference of two fp32 numbers, whose own rounding
-// is the same |x| · 2^-24, and the terms with a large |x| are the small ones. ±inf and NaN come out
-// as expf's.
-__device__ __forceinline__ float fast_exp(float x) {
-  const float exponent = x * kLog2e;
+// 2^x on the special function unit: a relative error of at most 2^-22, zero below 2^-126, ±inf and
+// NaN as exp2f has them.
+__device__ __forceinline__ float fast_exp2(float x) {
 #ifdef __CUDA_ARCH__
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #else
-  return exp2f(exponent);
+  return exp2f(x);
 #endif
 }
+
+// e^x as 2^(x · log2 e): one multiplication more, and |x| · 2^-24 of error (the rounded exponent).
+// Used where x is already the difference of two fp32 numbers, whose own rounding is the same, and
+// the terms with a large |x| are the small ones.
+__device__ __forceinline__ float fast_exp(float x) { return fast_exp2(x * kLog2e); }
 
 // 1 / x for x in [1, 2]: one instruction, an error of at most one unit in the last place.
 __device__ __forceinline__ float fast_reciprocal(float x) {

@@ -24,8 +24,8 @@ __device__ __forceinline__ float tanh_near(float x) {
 
 // 1 − 2q / (1 + q) with q = e^(−2|x|).
 __device__ __forceinline__ float tanh_far(float x) {
-  const float q = fast_exp(-2.0f * fabsf(x));
-  return copysignf(fmaf(-2.0f, q * fast_reciprocal(1.0f + q), 1.0f), x);
+  const float twice = fast_exp2(fmaf(fabsf(x), -2.0f * kLog2e, 1.0f));  // 2q
+  return copysignf(fmaf(-twice, fast_reciprocal(fmaf(twice, 0.5f, 1.0f)), 1.0f), x);
 }
 
 __device__ __forceinline__ float tanh_anywhere(float x) {

@@ -114,17 +114,20 @@ def test_sums_are_added_alike_whether_or_not_the_exponentials_are_stored(kernels
 
 
 def test_few_rows_are_added_in_the_same_order():
-    """Half the tile: what each warp and each of its registers holds of a row's columns is equal."""
     hopper = _essential()["sm_90"]
-    many, few = one(hopper, MAIN[0], "half+out"), one(hopper, MAIN[0], "half+few+out")
+    added_alike(one(hopper, MAIN[0], "half+out"), one(hopper, MAIN[0], "half+few+out"))
+    halving = {a for a, table in CONFIGS.items() for tile in table.values() if tile.halves}
+    assert halving == {"sm_90", "interpreter"}, "the architectures that the above looks at"
+
+
+def added_alike(many: Resources, few: Resources) -> None:
+    """Half the tile: what each warp and each of its registers holds of a row's columns is equal."""
     assert (many.tile, few.tile) == ("128×256×64", "64×256×64")
     of_a_warp, warps = zip(*(k.layout.split("warp = ") for k in (many, few)), strict=True)
     assert of_a_warp[0] == of_a_warp[1] != ""
     for bases in warps:  # warps lie along the rows: no column is another warp's
         assert re.findall(r"\[(\d+), (\d+)\]", bases)
         assert all(column == "0" for _, column in re.findall(r"\[(\d+), (\d+)\]", bases))
-    halving = {a for a, table in CONFIGS.items() for tile in table.values() if tile.halves}
-    assert halving == {"sm_90", "interpreter"}, "the architectures that the above looks at"
 
 
 @pytest.mark.slow
@@ -138,11 +141,14 @@ def test_statistics_ragged_vocabularies_and_fp32():
     every = "+".join(STATS)
     names = [f"half+out+{s}" for s in (*STATS, every)] + [f"half+{every}", "half+out+bias+ragged"]
     names += ["tf32+softcap", "tf32+out+softcap", "ieee+softcap", "ieee+out+softcap"]
+    capped = ["half+out+softcap", "half+few+out+softcap"]
+    names += [*capped, "half+softcap+entropy", "half+out+softcap+entropy"]
     found = _compile("sm_90", "--only", *names)
     sound(found)
     assert [k.variant for k in found if k.kernel == MAIN[0]] == [
         str(v) for v in variants("sm_90", True) if str(v) in names and v.kind == "half"
     ]
+    added_alike(*(one(found, MAIN[0], name) for name in capped))
 
 
 def test_every_architecture_is_described():

@@ -16,8 +16,32 @@ from triton.language.target_info import is_cuda
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# |x| below which tanh is a polynomial; above it (1 − q) / (1 + q) loses no more than an ulp or two.
-_TANH_NEAR = tl.constexpr(0.3)
+_MINUS_2_LOG2_E = tl.constexpr(-2.8853900817779268)
+_SIGN = tl.constexpr(-(2**31))  # the sign's bit of an fp32 number
+_TANH_NEAR = tl.constexpr(0.55)  # |x| below which tanh is a polynomial
+
+
+@triton.jit
+def _power_of_two(x):
+    if is_cuda() and not INTERPRETED:
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        power = tl.exp2(x)
+    return power
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x for x in [1, 2], to a unit in the last place."""
+    if is_cuda() and not INTERPRETED:
+        y = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = 1.0 / x
+    return y
 
 
 @triton.jit
@@ -29,9 +53,7 @@ def exponential(x):
     for probabilities below e^-87 of the anchor's.
     """
     if is_cuda() and not INTERPRETED:
-        e = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * _LOG2_E], tl.float32, is_pure=True, pack=1
-        )
+        e = _power_of_two(x * _LOG2_E)
     else:
         e = tl.exp(x)
     return e
@@ -39,20 +61,22 @@ def exponential(x):
 
 @triton.jit
 def hyperbolic_tangent(x):
-    """tanh of an fp32 tile, relative error below 1e-6, from one exponential of a negative number.
+    """tanh of an fp32 tile, relative error below 5e-7, from one exponential and one reciprocal.
 
-    With q = e^(−2|x|), |tanh| = (1 − q) / (1 + q). That cancels near zero, where the Taylor series
-    up to x⁹ takes over; its remainder at 0.3 is 6e-8 relative.
+    |tanh| = 1 − 2q / (1 + q) with q = e^(−2|x|). That cancels near zero, where x + x³ · P(x²)
+    with the minimax polynomial P takes over: 4e-8 and the roundings.
     """
     size = tl.abs(x)
-    q = exponential(-2.0 * size)
-    far = (1.0 - q) / (1.0 + q)
+    twice = _power_of_two(tl.fma(size, _MINUS_2_LOG2_E, 1.0))  # 2q
+    far = tl.fma(-twice, _reciprocal(tl.fma(twice, 0.5, 1.0)), 1.0)
     square = x * x
-    series = tl.fma(square, 0.021869488536155203, -0.05396825396825397)
-    series = tl.fma(series, square, 0.13333333333333333)
-    series = tl.fma(series, square, -0.3333333333333333)
+    series = tl.fma(square, 0.01643758, -0.052671813)
+    series = tl.fma(series, square, 0.13320725)
+    series = tl.fma(series, square, -0.33332947)
     near = tl.fma(series * square, x, x)
-    return tl.where(size < _TANH_NEAR, near, tl.where(x < 0.0, -far, far))
+    sign = x.to(tl.int32, bitcast=True) & _SIGN
+    far = (far.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(size < _TANH_NEAR, near, far)
 
 
 @triton.jit
