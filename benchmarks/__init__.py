@@ -7,5 +7,5 @@ python -m benchmarks.kernels    each primitive against its floor
 python -m benchmarks.step       a whole training step of a Hugging Face model
 python -m benchmarks.counted    the memory of a step at real sizes, counted without a GPU
 python -m benchmarks.report     the README's section from the JSON of the others
-benchmarks/gpu.sh OUT           all of it on a GPU within ten minutes
+benchmarks/gpu.sh OUT           as much of it as ten minutes on a GPU hold
 """
