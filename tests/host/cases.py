@@ -164,10 +164,10 @@ def check_neighbours_under_a_softcap(
     backend: ModuleType, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
     """Small logits, alone and with a large one in every third vector."""
-    vocab, h = 5003, Head(torch.empty(1, 1), softcap=10.0)
+    vocab = 5003
     small, labels = logits_and_labels(dtype, 2, vocab, spread=0.5, device=device)
-    mixed = small.clone()
-    large = torch.arange(3, vocab, 24)
+    h, mixed = head(small, softcap=10.0), small.clone()
+    large = torch.arange(3, vocab, 24, device=device)
     mixed[:, large] = 9.0
     lse = torch.full((2,), 12.0, device=device)
     grad = torch.ones(2, device=device)
