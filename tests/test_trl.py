@@ -209,6 +209,18 @@ def test_policy_and_reference_look_for_the_rows_once(tmp_path):
         assert gpu.get(found[1].log_probs)[:, 3].all()
 
 
+def test_labels_that_were_refused_are_refused_again(tmp_path):
+    """And not taken for the rows of those before, among which the bad one was no row."""
+    trainer = built(tmp_path, model(), True, model())
+    ids = torch.randint(2, V, (2, 5))
+    good, bad = ids.clone(), ids.clone()
+    good[:, :3], bad[:, 1] = -100, V
+    trainer.model(input_ids=ids, labels=good, fused_lm_head=True)
+    for lm in (trainer.model, trainer.ref_model):
+        with pytest.raises(ValueError, match="labels should be"):
+            lm(input_ids=ids, labels=bad, fused_lm_head=True)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="trainer should be"):
         use_fastdpo(object())

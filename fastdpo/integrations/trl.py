@@ -105,8 +105,8 @@ class _LastRows:
         if torch.compiler.is_compiling() or labels.is_inference():
             return None
         if self._labels() is not labels or self._version != labels._version:
+            self._index = find_rows(shifted, vocab_size)  # first, as it may raise
             self._labels, self._version = weakref.ref(labels), labels._version
-            self._index = find_rows(shifted, vocab_size)
         return None if self._index is None else self._index.to(shifted.device)
 
 

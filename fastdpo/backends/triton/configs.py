@@ -9,8 +9,9 @@ that ignores the other rows is the hardware's promise, not ours to prove.)
 
 What compiling each line for its architecture gives: `python -m benchmarks.kernels --static`. The
 plain tiles, and all with a softcap, are those whose kernels keep every register under Triton 3.6
-and 3.9 (3.8 spills one value of one combination on sm_90: softcap, E and the entropy). Elsewhere
-few combinations with all statistics spill under some version. None of them has been timed yet.
+and 3.9 (3.8 spills one value of one combination on sm_90: softcap, E and the entropy). On sm_80 and
+sm_100 all statistics at once, or a bias with a ragged vocabulary, spill under some version; on
+sm_90 nothing else does. None of them has been timed yet.
 """
 
 from __future__ import annotations
