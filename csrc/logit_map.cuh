@@ -1,7 +1,8 @@
 // From what is stored to the logits of the model, and the derivative:
 //
-//     z = factor · t       t = tanh(pre · u), factor = post with a softcap, t = u, factor = pre
-//     without one          ∂z/∂u = gain · (1 − t²) or gain
+//     z = factor · t
+//     with a softcap       t = tanh(pre · u)    factor = post    ∂z/∂u = gain · (1 − t²)
+//     without one          t = u                factor = pre     ∂z/∂u = gain
 #pragma once
 
 #include "common.cuh"
@@ -34,8 +35,8 @@ __device__ __forceinline__ float tanh_anywhere(float x) {
 
 // The same for a vector. Called by all lanes of a warp: where all of their elements are close to
 // zero, as most logits are under the caps of today's models, the other formula is skipped, which
-// is half the arithmetic of a kernel that should wait for memory alone. An element's bits do not
-// depend on it.
+// is a third of the arithmetic of a kernel that should wait for memory alone. An element's bits do
+// not depend on it.
 template <int kCount>
 __device__ __forceinline__ void tanh_anywhere(float (&x)[kCount]) {
   float largest = 0.0f;

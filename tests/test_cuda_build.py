@@ -61,15 +61,17 @@ def module(built):
     return loaded
 
 
-def cuobjdump() -> str | None:
+def cuobjdump() -> str:
     """The toolkit's, or the one in the Triton wheel."""
     beside = [] if NVCC is None else [Path(NVCC).resolve().parent / "cuobjdump"]
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.submodule_search_locations:
         wheel = Path(spec.submodule_search_locations[0]) / "backends" / "nvidia" / "bin"
         beside.append(wheel / "cuobjdump")
-    found = shutil.which("cuobjdump")
-    return found or next((str(path) for path in beside if path.exists()), None)
+    found = shutil.which("cuobjdump") or next((str(p) for p in beside if p.exists()), None)
+    if found is None:
+        pytest.skip("cuobjdump is in neither the toolkit nor a Triton wheel")
+    return found
 
 
 @needs_nvcc
@@ -86,8 +88,6 @@ def test_it_was_built_for_what_it_says(module):
 @needs_nvcc
 def test_no_kernel_spills_and_all_fit(built, module):
     tool = cuobjdump()
-    if tool is None:
-        pytest.skip("cuobjdump is in neither the toolkit nor a Triton wheel")
     listing = subprocess.run(
         [tool, "--dump-resource-usage", str(built)], capture_output=True, text=True, check=True
     ).stdout
@@ -118,8 +118,6 @@ def test_no_kernel_spills_and_all_fit(built, module):
 def test_products_and_sums_are_fused_only_where_the_source_says_so(built):
     """The backward without a softcap says it nowhere, with one everywhere."""
     tool = cuobjdump()
-    if tool is None:
-        pytest.skip("cuobjdump is in neither the toolkit nor a Triton wheel")
     listing = subprocess.run(
         [tool, "-sass", "-arch", "sm_90", str(built)], capture_output=True, text=True, check=True
     ).stdout
