@@ -1,4 +1,7 @@
-"""The host build of csrc/ behind the CUDA backend, for the tests of this folder."""
+"""The host build of csrc/ behind the CUDA backend, for the tests of this folder.
+
+FASTDPO_HOST_PTX=80 runs what nvcc compiles for that architecture instead (tests/ptx).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,13 @@ def host() -> backend.Host:
     why = build.missing()
     if why is not None:
         pytest.skip(f"the host build of csrc/ needs g++ and pybind11: {why}")
-    return backend.Host(build.build(sanitize=os.environ.get(backend.SANITIZE_VARIABLE) == "1"))
+    compiled = build.build(sanitize=os.environ.get(backend.SANITIZE_VARIABLE) == "1")
+    host = backend.Host(compiled)
+    if arch := os.environ.get("FASTDPO_HOST_PTX"):
+        from ptx.cuda_kernels import Executed
+
+        return Executed(host, int(arch))
+    return host
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 // shuffled: what depends on either shows as other bits. Barriers are strict: a thread that leaves
 // while others wait, or waits where others do not, fails the launch, as does a warp operation whose
 // mask names a lane that does not take part.
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -199,6 +200,9 @@ cudaError_t next_launch_error = cudaSuccess;
 int current_device = 0;
 int capability = 90;
 unsigned long long launches = 0, launched_blocks = 0;
+// Returns 0 where the kernel of this (mangled) name ran.
+int (*diversion)(const char* name, unsigned blocks, unsigned threads, const void* params,
+                 size_t bytes) = nullptr;
 
 cudaError_t keep(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -238,6 +242,15 @@ cudaError_t begin_launch(dim3 grid, dim3 block) {
 }
 
 cudaError_t end_launch() { return last_error; }
+
+bool divert(const void* kernel, dim3 grid, dim3 block, const void* params, size_t bytes) {
+  if (diversion == nullptr) return false;
+  Dl_info info;
+  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr ||
+      diversion(info.dli_sname, grid.x, block.x, params, bytes) != 0)
+    keep(cudaErrorLaunchFailure);
+  return true;
+}
 
 }  // namespace host_cuda
 
@@ -281,6 +294,7 @@ void host_cuda_fail_next_launch(int error) {
   host_cuda::next_launch_error = static_cast<cudaError_t>(error);
 }
 void host_cuda_capability(int capability) { host_cuda::capability = capability; }
+void host_cuda_divert(decltype(host_cuda::diversion) to) { host_cuda::diversion = to; }
 unsigned long long host_cuda_launches() { return host_cuda::launches; }
 unsigned long long host_cuda_blocks() { return host_cuda::launched_blocks; }
 }

@@ -1,0 +1,53 @@
+"""Hand-written PTX for the executor's own tests."""
+
+from __future__ import annotations
+
+import numpy as np
+from ptx import instructions  # noqa: F401
+from ptx.machine import Machine
+from ptx.memory import Allocation, Global
+from ptx.parse import parse
+
+ADDRESS = 0x10000  # of the buffer that the snippets are given
+_REGISTERS = """
+.reg .pred %p<8>; .reg .b16 %h<16>; .reg .b32 %r<32>; .reg .f32 %f<32>;
+.reg .b64 %rd<16>; .reg .f64 %fd<16>;
+"""
+
+
+def machine(body: str, buffer: np.ndarray, *, threads: int = 32, blocks: int = 1, **options):
+    """`%rd1` is the buffer's address, `%r1` the thread, `%rd2` its 16 bytes of the buffer."""
+    text = f"""
+    .visible .entry test(.param .u64 test_param_0) {{ {_REGISTERS}
+    .shared .align 16 .b8 tile[4096];
+    ld.param.u64 %rd1, [test_param_0]; mov.u32 %r1, %tid.x;
+    mul.wide.u32 %rd3, %r1, 16; add.s64 %rd2, %rd1, %rd3; shl.b32 %r2, %r1, 2;
+    mov.u32 %r3, tile; add.s32 %r4, %r3, %r2;
+    {body}
+    ret; }}
+    """
+    memory = Global([Allocation(ADDRESS, buffer, 4, name="buffer", watched=True)])
+    parameters = np.array([ADDRESS], np.uint64).view(np.uint8)
+    return Machine(parse(text)["test"], memory, parameters, threads, (blocks,), **options)
+
+
+def run(body: str, buffer: np.ndarray | None = None, **options) -> np.ndarray:
+    buffer = np.zeros(64 * 16, np.uint8) if buffer is None else buffer
+    machine(body, buffer, **options).run()
+    return buffer
+
+
+def result(instruction: str, *inputs, to: type = np.uint32) -> np.generic:
+    """The instruction's d, given a, b and c as registers of their types."""
+    kinds = {4: ("%r", "b32"), 8: ("%rd", "b64"), 2: ("%h", "b16")}
+    lines, text = [], instruction
+    for n, value in enumerate(inputs):
+        size = value.itemsize
+        prefix, kind = kinds[size]
+        bits = int(value.view(f"u{size}"))
+        lines.append(f"mov.{kind} {prefix}{8 + n}, {bits};")
+        text = text.replace(f"<{'abc'[n]}>", f"{prefix}{8 + n}")
+    prefix, kind = kinds[np.dtype(to).itemsize]
+    text = text.replace("<d>", f"{prefix}12")
+    found = run("\n".join([*lines, text, f"st.global.{kind} [%rd2], {prefix}12;"]))
+    return found.view(to)[0]
