@@ -16,14 +16,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from host import backend, build
 from ptx import instructions  # noqa: F401
 from ptx.machine import Machine
-from ptx.memory import Allocation, Global
+from ptx.memory import Global
 from ptx.parse import Kernel, parse
+from ptx.regions import Rows, allocations
 
 CSRC = build.ROOT / "csrc"
 _FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ptx"]  # as setup.py has them
@@ -93,19 +94,6 @@ _LOSS = _structure(
 )  # fmt: skip
 
 
-class Rows(NamedTuple):
-    """What a pointer points to."""
-
-    name: str
-    address: int
-    count: int
-    length: int  # elements
-    stride: int  # elements
-    element: int  # bytes
-    unwritten: bool = False  # nothing may be read that the kernel has not written
-    watched: bool = True  # no two threads may touch an element, one of them writing it
-
-
 def _vector(name: str, address: int, length: int, element: int = 4, **options: bool) -> Rows:
     return Rows(name, address, 1, length, length, element, **options)
 
@@ -161,32 +149,6 @@ _KERNELS = {
 }  # fmt: skip
 
 
-def allocations(found: list[Rows]) -> list[Allocation]:
-    """One for every row, or for several that adjoin or overlap."""
-    spans = sorted(
-        (rows.address + n * rows.stride * rows.element, rows.length * rows.element, i)
-        for i, rows in enumerate(found)
-        for n in range(rows.count)
-    )
-    merged: list[list[int]] = []
-    for start, size, i in spans:
-        last = merged[-1] if merged else [0, 0, -1]
-        if start < last[1] or (start == last[1] and i == last[2]):
-            last[1] = max(last[1], start + size)
-            # An element of the one is several of the other.
-            last[3] = min(last[3], found[i].element)
-        else:
-            merged.append([start, start + size, i, found[i].element])
-    result = []
-    for start, end, i, element in merged:
-        data = np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
-        one = Allocation(start, data, element, name=found[i].name, watched=found[i].watched)
-        if found[i].unwritten:
-            one.written = np.zeros(end - start, bool)
-        result.append(one)
-    return result
-
-
 # ---- The backend
 
 _CALLBACK = ctypes.CFUNCTYPE(
@@ -200,7 +162,7 @@ class Executed:
     def __init__(self, host: backend.Host, arch: int) -> None:
         self.host, self.kernels = host, compiled(arch)
         self.seed = 0
-        self.covered: dict[str, np.ndarray] = {}  # per kernel, the instructions that have run
+        self.machines: dict[tuple[str, int], Machine] = {}
         self._count = 0
         self._failure: Exception | None = None
         self._callback = _CALLBACK(self._launch)
@@ -239,11 +201,10 @@ class Executed:
             allocations(describe(structure.from_buffer_copy(params), blocks, _types(name)))
         )
         data = np.frombuffer(params, np.uint8)
-        machine = Machine(kernel, memory, data, threads, (blocks,), seed=self.seed)
-        machine.run()
+        if (name, threads) not in self.machines:
+            self.machines[name, threads] = Machine(kernel, threads)
+        self.machines[name, threads].launch(memory, data, (blocks,), seed=self.seed)
         self._count += blocks
-        before = self.covered.get(name, False)
-        self.covered[name] = machine.covered | before
 
 
 def _types(name: str) -> list[int]:

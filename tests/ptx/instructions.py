@@ -1,5 +1,5 @@
 """Every instruction that the executor knows: importing this registers them."""
 
-from ptx import arithmetic, integers, transfers, warps
+from ptx import arithmetic, hopper, integers, transfers, warps, wgmma
 
-__all__ = ["arithmetic", "integers", "transfers", "warps"]
+__all__ = ["arithmetic", "hopper", "integers", "transfers", "warps", "wgmma"]

@@ -8,12 +8,12 @@ branches join again as early as they can. Blocks come in an order shuffled by th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ptx.faults import Divergence, Fault
+from ptx.faults import Divergence, Fault, Race
 from ptx.memory import Global, Shared
 from ptx.order import WARP, Order
 from ptx.parse import SIZES, Instruction, Kernel, Unsupported
@@ -62,23 +62,13 @@ def builds(*roots: str) -> Callable[[Builder], Builder]:
 
 
 class Machine:
-    def __init__(
-        self,
-        kernel: Kernel,
-        memory: Global,
-        parameters: np.ndarray,  # bytes, laid out as `kernel.parameters` say
-        threads: int,
-        grid: tuple[int, ...],
-        *,
-        shared_bytes: int = 0,  # of the shared memory that the launch adds
-        seed: int = 0,  # 0: blocks in order
-    ) -> None:
+    """A kernel ready to be launched, any number of times."""
+
+    def __init__(self, kernel: Kernel, threads: int, *, shared_bytes: int = 0) -> None:
+        """`shared_bytes`: of the shared memory that the launch adds."""
         if kernel.threads not in (None, threads):
             raise ValueError(f"{kernel.name} wants {kernel.threads} threads, not {threads}")
-        self.kernel, self.memory, self.parameters = kernel, memory, parameters
-        self.threads, self.grid = threads, (*grid, 1, 1)[:3]
-        self.random = np.random.default_rng(seed)
-        self.shuffled = seed != 0
+        self.kernel, self.threads = kernel, threads
         self.order = Order(threads)
         self.shared = Shared(self._place_shared(shared_bytes), self.order)
         self.everyone = np.arange(threads)
@@ -89,14 +79,37 @@ class Machine:
         self.special = self._special()
         self.warp_of = self.everyone // WARP
         self.warp_sizes = np.bincount(self.warp_of)
-        self.objects: dict[Any, Any] = {}  # what groups of instructions keep between them
+        self.memory = Global([])
+        self.parameters = np.zeros(0, np.uint8)
         self.descriptors: dict[int, Any] = {}  # by generic address
+        self.objects: dict[Any, Any] = {}  # what groups of instructions keep between them
         self.deliver: list[Callable[[], bool]] = []  # each may finish something asynchronous
         self.resets: list[Callable[[], None]] = []  # called before each block
         self.changed = False  # something that threads wait for
-        memory.begin(self.order)
         self.steps = [self._bind(instruction) for instruction in kernel.instructions]
         self.covered = np.zeros(len(self.steps), bool)  # which have been executed
+
+    def launch(
+        self,
+        memory: Global,
+        parameters: np.ndarray,  # bytes, laid out as `kernel.parameters` say
+        grid: tuple[int, ...],
+        *,
+        seed: int = 0,  # 0: blocks in order
+        descriptors: dict[int, Any] | None = None,
+    ) -> None:
+        self.memory, self.parameters = memory, parameters
+        self.descriptors = descriptors or {}
+        self.grid = (*grid, 1, 1)[:3]
+        for axis, count in zip("xyz", self.grid, strict=True):
+            self.special[f"%nctaid.{axis}"].fill(count)
+        self.random = np.random.default_rng(seed)
+        self.shuffled = seed != 0
+        memory.begin(self.order)
+        count = int(np.prod(self.grid))
+        with np.errstate(all="ignore"):
+            for block in self.random.permutation(count) if self.shuffled else range(count):
+                self._run_block(int(block))
 
     # ---- Operands
 
@@ -182,16 +195,6 @@ class Machine:
 
     # ---- Execution
 
-    def run(self, blocks: Iterable[int] | None = None) -> None:
-        """All blocks of the grid, or those named."""
-        if blocks is None:
-            blocks = range(int(np.prod(self.grid)))
-            if self.shuffled:
-                blocks = self.random.permutation(len(blocks))
-        with np.errstate(all="ignore"):
-            for block in blocks:
-                self._run_block(int(block))
-
     def _run_block(self, block: int) -> None:
         self.block = block
         x, y, _ = self.grid
@@ -213,6 +216,8 @@ class Machine:
         while self._wake():
             at = min(self.groups)
             self._advance(at, self.groups.pop(at))
+        if self.shared.flying.any() or self.shared.leaving.any():
+            raise Race(f"block {block} ends while copies of shared memory are under way")
 
     def _wake(self) -> bool:
         """Whether somebody can go on."""
@@ -293,6 +298,8 @@ class Machine:
 
     def _bind(self, instruction: Instruction) -> Step:
         root = instruction.parts[0]
+        if instruction.opcode.startswith("cp.async.bulk"):
+            root = "cp.async.bulk"
         if root not in BUILDERS:
             raise Unsupported(instruction.text)
         try:
@@ -323,8 +330,8 @@ class Machine:
         found |= {"%ntid.y": constant(1), "%ntid.z": constant(1)}
         found["%laneid"] = (self.everyone % WARP).astype(np.uint32)
         found["%warpid"] = (self.everyone // WARP).astype(np.uint32)
-        for axis, count in zip("xyz", self.grid, strict=True):
-            found |= {f"%nctaid.{axis}": constant(count), f"%ctaid.{axis}": constant(0)}
+        for axis in "xyz":
+            found |= {f"%nctaid.{axis}": constant(1), f"%ctaid.{axis}": constant(0)}
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from ptx import instructions  # noqa: F401
+from ptx.hopper import Descriptor
 from ptx.machine import Machine
 from ptx.memory import Allocation, Global
 from ptx.parse import parse
@@ -15,25 +16,36 @@ _REGISTERS = """
 """
 
 
-def machine(body: str, buffer: np.ndarray, *, threads: int = 32, blocks: int = 1, **options):
-    """`%rd1` is the buffer's address, `%r1` the thread, `%rd2` its 16 bytes of the buffer."""
+def run(
+    body: str,
+    buffer: np.ndarray | None = None,
+    *,
+    threads: int = 32,
+    blocks: int = 1,
+    seed: int = 0,
+    unwritten: bool = False,  # may the buffer be read before it is written?
+    descriptors: dict[int, Descriptor] | None = None,
+) -> np.ndarray:
+    """`%rd1` is the buffer's address, `%r1` the thread, `%rd2` its 16 bytes of the buffer, `%r3`
+    the tile in shared memory, `%r4` the thread's word of it.
+    """
+    buffer = np.zeros(64 * 16, np.uint8) if buffer is None else buffer
     text = f"""
     .visible .entry test(.param .u64 test_param_0) {{ {_REGISTERS}
-    .shared .align 16 .b8 tile[4096];
+    .shared .align 1024 .b8 tile[4096];
     ld.param.u64 %rd1, [test_param_0]; mov.u32 %r1, %tid.x;
     mul.wide.u32 %rd3, %r1, 16; add.s64 %rd2, %rd1, %rd3; shl.b32 %r2, %r1, 2;
     mov.u32 %r3, tile; add.s32 %r4, %r3, %r2;
     {body}
     ret; }}
     """
-    memory = Global([Allocation(ADDRESS, buffer, 4, name="buffer", watched=True)])
+    allocation = Allocation(ADDRESS, buffer, 4, name="buffer", watched=True)
+    if unwritten:
+        allocation.written = np.zeros(buffer.size, bool)
     parameters = np.array([ADDRESS], np.uint64).view(np.uint8)
-    return Machine(parse(text)["test"], memory, parameters, threads, (blocks,), **options)
-
-
-def run(body: str, buffer: np.ndarray | None = None, **options) -> np.ndarray:
-    buffer = np.zeros(64 * 16, np.uint8) if buffer is None else buffer
-    machine(body, buffer, **options).run()
+    machine = Machine(parse(text)["test"], threads)
+    options = {"seed": seed, "descriptors": descriptors}
+    machine.launch(Global([allocation]), parameters, (blocks,), **options)
     return buffer
 
 

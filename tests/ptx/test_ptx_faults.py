@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from ptx.faults import Divergence, Misaligned, OutOfBounds, Race, Uninitialised
-from ptx.memory import Allocation
+from ptx.memory import Allocation, Global
 from ptx.parse import Unsupported
-from ptx.snippets import machine, run
+from ptx.snippets import run
 
 BARRIER = "bar.sync 0;"
 NEIGHBOUR = "xor.b32 %r5, %r2, 4; add.s32 %r5, %r3, %r5;"  # the next thread's word of the tile
@@ -108,10 +108,10 @@ def test_a_guarded_access_is_checked_where_it_happens():
 
 
 def test_what_a_kernel_has_not_written_may_not_be_read():
-    subject = machine("ld.global.u32 %r6, [%rd2];", np.zeros(1024, np.uint8))
-    subject.memory.allocations[0].written = np.zeros(1024, bool)
+    read = "ld.global.u32 %r6, [%rd2];"
+    run("st.global.u32 [%rd2], %r1;" + read, unwritten=True)
     with pytest.raises(Uninitialised):
-        subject.run()
+        run(read, unwritten=True)
 
 
 def test_global_memory_is_watched_for_races_too():
@@ -125,10 +125,10 @@ def test_global_memory_is_watched_for_races_too():
 
 
 def test_allocations_may_not_overlap():
-    subject = machine("", np.zeros(64, np.uint8))
-    more = [*subject.memory.allocations, Allocation(0x10020, np.zeros(64, np.uint8), watched=False)]
+    bytes_ = np.zeros(64, np.uint8)
+    two = [Allocation(start, bytes_, watched=False) for start in (0x10000, 0x10020)]
     with pytest.raises(ValueError, match="overlap"):
-        type(subject.memory)(more)
+        Global(two)
 
 
 def test_an_asynchronous_copy_arrives_when_it_is_waited_for():

@@ -120,7 +120,8 @@ def atomic(m: Machine, i: Instruction) -> Run:
     put = m.write(i.operands[0], kind) if returns else None
     rest = i.operands[returns:]
     address, values = m.address(rest[0]), [m.read(o, kind) for o in rest[1:]]
-    where = {"global": m.memory, "shared": m.shared}[space]
+    if space not in ("global", "shared"):
+        raise Unsupported(i.text)
 
     def run(mask: Mask) -> None:
         some = m.some(mask)
@@ -128,6 +129,7 @@ def atomic(m: Machine, i: Instruction) -> Run:
         old = np.zeros((len(some), 1), dtype)
         order = m.random.permutation(len(some)) if m.shuffled else range(len(some))
         addresses = address(some)
+        where = m.memory if space == "global" else m.shared
         for n in order:
             place = where.atomic(int(addresses[n]), dtype.itemsize, int(some[n])).view(dtype)
             old[n] = place

@@ -1,0 +1,33 @@
+"""A pytest plugin: tests of the Triton backend run what Triton compiles for an architecture.
+
+    TRITON_INTERPRET=0 FASTDPO_TRITON_PTX=sm_80 PYTHONPATH=.:tests \\
+        pytest -p ptx.triton_plugin tests/test_triton_primitives.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+PROCESSORS = 3  # so that loops over tiles have something to skip
+
+
+@pytest.fixture(scope="session")
+def executor():
+    from ptx.triton_kernels import Executor
+
+    return Executor(os.environ["FASTDPO_TRITON_PTX"], PROCESSORS)
+
+
+@pytest.fixture(autouse=True)
+def _executed(executor, monkeypatch):
+    from ptx.triton_kernels import installed
+
+    if (primitives := sys.modules.get("test_triton_primitives")) is not None:
+        # The interpreter cuts bf16 off, instructions round.
+        monkeypatch.setitem(primitives.ROUNDING, torch.bfloat16, (2.0**-8, 1e-37))
+    with installed(executor):
+        yield
