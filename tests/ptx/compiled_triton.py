@@ -144,17 +144,56 @@ def test_sequence_loss(pairs):
         torch.testing.assert_close(a, b.float(), rtol=1e-6, atol=1e-7)
 
 
+def far_apart(matrix: torch.Tensor, stride: int) -> torch.Tensor:
+    """The same rows with so many elements between them: virtual memory that nobody touches."""
+    rows, columns = matrix.shape
+    storage = torch.empty(rows * stride, dtype=matrix.dtype)
+    return storage.as_strided((rows, columns), (stride, 1)).copy_(matrix)
+
+
+def test_offsets_beyond_two_to_the_31_elements():
+    logits = far_apart(torch.randn(2, 100).to(bf16), (1 << 31) + 24)
+    labels = torch.tensor([3, 99])
+    cases.check_forward(triton, logits, labels)
+    check_backward(logits, labels, logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", [0, 1])
+def test_rows_of_a_product_beyond_two_to_the_31_elements(odd):
+    hidden, head, labels = inputs(bf16)
+    anchor = triton.target_logits(hidden, head, labels)
+    anchor[3] = -300.0
+    results = []
+    for strides in (
+        (48, 48, 304),
+        ((1 << 28) + odd, 48, 304),
+        (48, (1 << 24) + odd, 304),
+        (48, 48, (1 << 28) + odd),
+    ):
+        far = [far_apart(t, s) for t, s in zip((hidden, head.weight), strides[:2], strict=True)]
+        out = far_apart(torch.zeros(primitives.N, primitives.V, dtype=bf16), strides[2])
+        sums = triton.exp_logits(far[0], primitives.Head(far[1]), labels, anchor, out=out)
+        results.append((sums.sum, out.contiguous()))
+    for got in results[1:]:
+        torch.testing.assert_close(got[0], results[0][0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(got[1], results[0][1], rtol=2**-7, atol=1e-30)
+
+
 # ---- That these checks can fail: kernels broken on purpose
 
 
-def without(text: str, nth: int, after: int = 0):
-    """A kernel that lacks the nth of the instructions that contain this, or one after it."""
+def without(text: str, nth: int | None, after: int = 0):
+    """A kernel that lacks the nth of the instructions that contain this, or one after it, or all
+    of them.
+    """
 
     def alter(kernel):
         changed = list(kernel.instructions)
-        place = [n for n, i in enumerate(changed) if text in i.text][nth] + after
+        places = [n + after for n, i in enumerate(changed) if text in i.text]
         nothing = {"opcode": "membar.gl", "operands": [], "guard": None}
-        changed[place] = dataclasses.replace(changed[place], **nothing)
+        for place in places if nth is None else [places[nth]]:
+            changed[place] = dataclasses.replace(changed[place], **nothing)
         return dataclasses.replace(kernel, instructions=changed)
 
     return alter
@@ -172,10 +211,10 @@ def broken(executor, monkeypatch, kernel: str, alter) -> None:
         ("mbarrier.try_wait", 0, Race, "read of a copy's target"),
         ("fence.proxy.async", 0, Race, "without a fence"),
         ("cp.async.bulk.wait_group.read", 1, Race, "write to a copy's source"),
-        ("cp.async.bulk.wait_group 0", 0, Race, "ends while copies"),
+        ("cp.async.bulk.wait_group", -1, Race, "ends while copies"),
         ("wgmma.wait_group.sync.aligned 1", 0, Race, "write to a copy's source"),
         ("wgmma.wait_group.sync.aligned 0", 0, AssertionError, ""),
-        ("@%p47 cp.async.bulk.tensor", 0, Divergence, "wait for ever"),
+        ("cp.async.bulk.tensor.2d.shared", 6, Divergence, "wait for ever"),
         ("mbarrier.init", 1, Uninitialised, "arrive"),
         ("stmatrix", 0, Uninitialised, "read"),
     ],
@@ -187,7 +226,7 @@ def test_a_broken_kernel_is_noticed_on_hopper(hopper, monkeypatch, opcode, nth, 
 
 def test_a_barrier_before_a_store_by_hardware_is_missed(hopper, monkeypatch):
     alter = without("fence.proxy.async", 0, after=1)
-    with pytest.raises(Race, match="read beside a write|without a fence"):
+    with pytest.raises(Race, match=r"read beside a write|without a fence"):
         broken(hopper, monkeypatch, "exp_logits_tma", alter)
 
 
@@ -195,7 +234,7 @@ def test_a_barrier_before_a_store_by_hardware_is_missed(hopper, monkeypatch):
     ("opcode", "nth", "fault", "words"),
     [
         ("cp.async.wait_group", 0, Race, "read of a copy's target"),
-        ("bar.sync", 0, Race, "read beside a write"),
+        ("bar.sync", None, Race, "beside"),
         ("cp.async.cg", 0, Uninitialised, "read"),
         ("mma.sync", 0, AssertionError, ""),
     ],

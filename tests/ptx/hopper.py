@@ -255,7 +255,8 @@ def memory_barrier(m: Machine, i: Instruction) -> Run | Step:
 @builds("cp.async.bulk")
 def bulk_copy(m: Machine, i: Instruction) -> Run:
     hopper = state(m)
-    form = ".".join(i.parts[3:])
+    # A block is a cluster of its own.
+    form = ".".join(i.parts[3:]).replace("shared::cluster", "shared::cta")
     if form == "commit_group":
         return lambda mask: hopper.commit(m.some(mask))
     if form in ("wait_group", "wait_group.read"):

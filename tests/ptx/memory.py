@@ -173,8 +173,12 @@ class Shared:
         self._none(self.unfenced[at], Race, what, addresses, threads)
 
     def fence(self, threads: np.ndarray) -> None:
-        """What these threads wrote is there for hardware that copies on its own."""
-        self.unfenced &= ~np.isin(self.accesses.writer, threads)
+        """What these threads wrote, or have seen, is there for hardware that copies on its own."""
+        at = np.flatnonzero(self.unfenced)
+        writers, ticks = self.accesses.writer[at], self.accesses.write_tick[at]
+        now = np.full(len(at), threads[0])
+        seen = np.isin(writers, threads) | self.order.before(writers, ticks, now)
+        self.unfenced[at[seen]] = False
 
     def atomic(self, address: int, size: int, thread: int) -> np.ndarray:
         one, who = np.array([address], np.uint64), np.array([thread])

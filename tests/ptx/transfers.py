@@ -203,7 +203,7 @@ class Copies:
         shared.data[at] = data
         shared.written[at] = True
         shared.flying[at] = 0
-        shared.unfenced[at] = True
+        shared.unfenced[at] = not self.m.copies_are_fenced
         shared.accesses.writer[at] = thread
         shared.accesses.write_tick[at] = self.m.order.now[thread]
 

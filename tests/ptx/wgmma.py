@@ -61,22 +61,31 @@ def _groups(m: Machine, mask: Mask) -> list[int]:
     return groups.tolist()
 
 
-def _tile(m: Machine, descriptor: int, rows: int) -> np.ndarray:
-    """The offsets [rows, 32] of 32 bytes of each row, along the sum."""
+def _tile(m: Machine, descriptor: int, rows: int, turned: bool) -> np.ndarray:
+    """Offsets of a matrix [rows, depth]: of 32 bytes of each row [rows, 32], along the sum; or,
+    `turned`, of each of the 16 columns [16, 2 · rows].
+    """
     start = (descriptor & 0x3FFF) << 4
     leading, stride = ((descriptor >> s & 0x3FFF) << 4 for s in (16, 32))
     if descriptor >> 49 & 7:
         raise Unsupported("a descriptor with a base offset")
     span = _SWIZZLES[descriptor >> 62]
-    row, piece = np.mgrid[0:rows, 0:2]
-    if span:
-        address = start + row // 8 * stride + row % 8 * span + 16 * piece
+    if turned:
+        if not span:
+            raise Unsupported("a turned matrix that is not swizzled")
+        line, piece = np.mgrid[0:16, 0 : rows // 8]
+        within = piece // (span // 16) * leading + piece % (span // 16) * 16
+        address = start + line // 8 * stride + line % 8 * span + within
     else:
-        address = start + row // 8 * stride + piece * leading + row % 8 * 16
+        line, piece = np.mgrid[0:rows, 0:2]
+        if span:
+            address = start + line // 8 * stride + line % 8 * span + 16 * piece
+        else:
+            address = start + line // 8 * stride + piece * leading + line % 8 * 16
     address = swizzled(address, span)
     thread = np.zeros(address.size, np.int64)
     at = m.shared._at(address.ravel().astype(np.uint64), 16, thread)
-    return at.reshape(rows, 32)
+    return at.reshape(len(line), -1)
 
 
 @builds("wgmma")
@@ -112,8 +121,9 @@ def _multiply(m: Machine, i: Instruction, products: Products) -> Run:
     if depth * np.dtype(dtype).itemsize != 32:
         raise Unsupported(i.text)
     names = tuple(_names(i.operands[0]))
-    if any(flag != "1" for flag in i.operands[4:6]) or any(f != "0" for f in i.operands[6:]):
+    if any(flag != "1" for flag in i.operands[4:6]):
         raise Unsupported(i.text)
+    turned = [flag == "1" for flag in i.operands[6:]] or [False, False]
     if i.operands[1].startswith("{"):
         raise Unsupported(i.text)
     left, right = (m.read(o, "u64") for o in i.operands[1:3])
@@ -124,25 +134,28 @@ def _multiply(m: Machine, i: Instruction, products: Products) -> Run:
     column = 8 * (register // 4) + 2 * (thread % 4) + register % 2
     registers = [m.read(one, "f32") for one in names]
 
-    def matrix(group: int, descriptor: np.ndarray, rows: int) -> np.ndarray:
+    def matrix(group: int, descriptor: np.ndarray, rows: int, turned: bool) -> np.ndarray:
         threads = np.arange(group * GROUP, (group + 1) * GROUP)
         values = np.unique(np.broadcast_to(descriptor, m.threads)[threads])
         if len(values) != 1:
             raise Divergence("a group's threads give different descriptors")
-        at = _tile(m, int(values[0]), rows)
-        addresses, by = at[:, 0] + m.shared.BASE, np.full(rows, threads[0])
+        at = _tile(m, int(values[0]), rows, turned)
+        addresses, by = at[:, 0] + m.shared.BASE, np.full(len(at), threads[0])
         m.shared.check_fenced(at, addresses, by)
         m.shared.check_read(at, addresses, by)
         m.shared.leaving[at] += 1
         reads = products.reads.setdefault(group, [])
         reads.append((products.batch.get(group, 0), at))
         words = np.ascontiguousarray(m.shared.data[at]).view(dtype)
-        return _DECODE[kind](words).astype(np.float64)
+        found = _DECODE[kind](words).astype(np.float64)
+        return found.T if turned else found
 
     def run(mask: Mask) -> None:
         for group in _groups(m, mask):
             threads = np.arange(group * GROUP, (group + 1) * GROUP)
-            product = matrix(group, left, 64) @ matrix(group, right, columns).T
+            a = matrix(group, left, 64, turned[0])
+            b = matrix(group, right, columns, turned[1])
+            product = a @ b.T
             values = product[row, column]
             key = (group, names)
             if np.broadcast_to(adds(), m.threads)[threads[0]]:
