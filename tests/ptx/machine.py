@@ -85,7 +85,6 @@ class Machine:
         self.objects: dict[Any, Any] = {}  # what groups of instructions keep between them
         self.deliver: list[Callable[[], bool]] = []  # each may finish something asynchronous
         self.resets: list[Callable[[], None]] = []  # called before each block
-        self.copies_are_fenced = False  # is what cp.async wrote there for hardware to read?
         self.changed = False  # something that threads wait for
         self.steps = [self._bind(instruction) for instruction in kernel.instructions]
         self.covered = np.zeros(len(self.steps), bool)  # which have been executed

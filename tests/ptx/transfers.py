@@ -203,7 +203,7 @@ class Copies:
         shared.data[at] = data
         shared.written[at] = True
         shared.flying[at] = 0
-        shared.unfenced[at] = not self.m.copies_are_fenced
+        shared.unfenced[at] = True
         shared.accesses.writer[at] = thread
         shared.accesses.write_tick[at] = self.m.order.now[thread]
 

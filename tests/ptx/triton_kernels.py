@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import re
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from unittest import mock
 
 import numpy as np
 import torch
-import triton
 from ptx import instructions  # noqa: F401
 from ptx.hopper import Descriptor
 from ptx.machine import PARAMETERS, Machine
@@ -37,8 +35,6 @@ _WRITTEN = {
 _INPUTS = {"sequence_loss_kernel": {"logps_ptr"}, "logits_logps_backward_kernel": {"lse_ptr"}}
 _SCALARS = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 _SCALARS |= {"i1": ctypes.c_bool, "fp64": ctypes.c_double, "u1": ctypes.c_bool}
-# Before 3.7.1 Triton leaves out the fence between cp.async and wgmma (triton-lang/triton#9610).
-_WITHOUT_FENCES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) < (3, 7, 1)
 _SWIZZLE = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes, by what Triton calls it
 
 
@@ -75,7 +71,6 @@ class Executor:
         if alter := self.alterations.get(machine.kernel.name):
             shared = compiled.metadata.shared
             machine = Machine(alter(machine.kernel), machine.threads, shared_bytes=shared)
-        machine.copies_are_fenced = _WITHOUT_FENCES
         signature = compiled.src.signature
         kernel = machine.kernel
         parameters, descriptors = _pack(kernel, signature, launch, compiled.metadata)

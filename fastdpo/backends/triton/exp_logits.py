@@ -19,13 +19,15 @@ since a two-dimensional one cannot skip rows.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick, pick_plain
+from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick, pick_plain, supported_arch
 from fastdpo.backends.triton.exp_logits_pointers import exp_logits_pointers
 from fastdpo.backends.triton.exp_logits_raised import exp_logits_raised
 from fastdpo.backends.triton.exp_logits_tma import exp_logits_tma
@@ -35,6 +37,9 @@ from fastdpo.head import Head
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _REDUCE = {"BLOCK_N": 32, "BLOCK_T": 32}
+# Triton before 3.7.1 leaves out the fence that wgmma and tcgen05 need to see what cp.async copied
+# (triton-lang/triton#9610, #10537).
+_FENCES_COPIES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
 
 
 class Plan(NamedTuple):
@@ -95,7 +100,8 @@ def plan(
     rows, vocabulary = hidden.shape[0], head.vocab_size
     asked = [name for name in STATS if name in stats]
     quantities = 1 + len(asked)
-    plain = pick_plain(target.arch, kind_of(hidden))
+    kind = kind_of(hidden)
+    plain = pick_plain(target.arch, kind)
     if not regular(hidden, head.weight, out):
         tile = plain
     column_tiles, plain_column_tiles = (-(-vocabulary // t.columns) for t in (tile, plain))
@@ -131,7 +137,7 @@ def plan(
     else:
         kernel, operands = exp_logits_pointers, pointers
     arguments = {**operands, **shared, **_shape(tile), "anchor_ptr": anchor, "GROUP": tile.group}
-    main = Launch(kernel, (programs,), arguments, tile.warps, tile.stages)
+    main = Launch(kernel, (programs,), arguments, tile.warps, _stages(target, tile, kind))
 
     reduction = {
         "raised_ptr": None, "anchor_ptr": None, "new_anchor_ptr": None,
@@ -166,12 +172,19 @@ def plan(
     launches = [
         main,
         Launch(reduce_sums, reduce_grid, reduction),
-        Launch(exp_logits_raised, grid, find, plain.warps, plain.stages),
+        Launch(exp_logits_raised, grid, find, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, maxima),
-        Launch(exp_logits_raised, grid, again, plain.warps, plain.stages),
+        Launch(exp_logits_raised, grid, again, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, {**reduction, **once_more, "anchor_ptr": None}),
     ]
     return Plan(launches, new_anchor, sums)
+
+
+def _stages(target: Target, tile: Tile, kind: str) -> int:
+    """The tile's, or 1, with which nothing is copied asynchronously, where that would be a race."""
+    own_proxy = supported_arch(target.arch) in ("sm_90", "sm_100") and tile.rows >= 64
+    copies = own_proxy and kind != "ieee" and not tile.descriptors
+    return 1 if copies and not _FENCES_COPIES else tile.stages
 
 
 def _shape(tile: Tile) -> dict[str, int]:
