@@ -201,9 +201,9 @@ class Machine:
         for axis, place in zip("xyz", (block % x, block // x % y, block // (x * y)), strict=True):
             self.special[f"%ctaid.{axis}"].fill(place)
         for name, register in self.registers.items():
-            # What was left there before: nothing may depend on it.
+            # NaN, as a number of any width: nothing may depend on what was there before.
             if not name.startswith("%p"):
-                register.fill(0xA5A5A5A5A5A5A5A5 & (2 ** (8 * register.itemsize) - 1))
+                register.fill(0xFFF5FFF5FFF5FFF5 & (2 ** (8 * register.itemsize) - 1))
         self.shared.new_block(self.random)
         self.order.new_block()
         for reset in self.resets:
