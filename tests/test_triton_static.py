@@ -21,6 +21,8 @@ from fastdpo.backends.triton.ahead import (
     ARCHITECTURES,
     SHARED_LIMIT,
     TENSOR_CORE,
+    TRL_STATS,
+    TRL_STATS_CAPPED,
     Resources,
     variants,
 )
@@ -136,13 +138,24 @@ def test_the_other_architectures(arch):
     sound(_compile(arch))
 
 
+TRAINING = [
+    "+".join(("half+out", *TRL_STATS)),
+    "+".join(("half+out+softcap", *TRL_STATS_CAPPED)),
+]
+
+
+@pytest.mark.slow
+def test_a_training_steps_statistics_on_ampere():
+    sound(_compile("sm_80", "--only", *TRAINING))
+
+
 @pytest.mark.slow
 def test_statistics_ragged_vocabularies_and_fp32():
     every = "+".join(STATS)
     names = [f"half+out+{s}" for s in (*STATS, every)] + [f"half+{every}", "half+out+bias+ragged"]
     names += ["tf32+softcap", "tf32+out+softcap", "ieee+softcap", "ieee+out+softcap"]
     capped = ["half+out+softcap", "half+few+out+softcap"]
-    names += [*capped, "half+softcap+entropy", "half+out+softcap+entropy"]
+    names += [*capped, "half+softcap+entropy", "half+out+softcap+entropy", *TRAINING]
     found = _compile("sm_90", "--only", *names)
     sound(found)
     assert [k.variant for k in found if k.kernel == MAIN[0]] == [

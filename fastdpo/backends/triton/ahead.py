@@ -56,6 +56,9 @@ TENSOR_CORE: dict[str, str | tuple[str, ...]] = {
     "gfx942": "v_mfma",
 }
 _FLAGS = ("few", "out", "softcap", "bias", "ragged", "unaligned")
+# What TRL's metrics ask of the kernel: without a softcap Σ z is a product of its own.
+TRL_STATS = ("entropy", "is_top1")
+TRL_STATS_CAPPED = ("entropy", "mean_logits", "is_top1")
 _ROWS, _VOCABULARY, _DEPTH = 4096, 128256, 4096
 
 
@@ -198,6 +201,8 @@ def variants(arch: str, thorough: bool) -> list[Variant]:
         Variant(out=True, softcap=True, unaligned=True),
         *(Variant(out=out, stats=(name,)) for out in (False, True) for name in STATS),
         *(Variant(out=out, stats=STATS) for out in (False, True)),
+        *(Variant(out=out, stats=TRL_STATS) for out in (False, True)),
+        *(Variant(out=out, softcap=True, stats=TRL_STATS_CAPPED) for out in (False, True)),
         *(Variant(out=out, softcap=True, stats=("entropy",)) for out in (False, True)),
     ]
     return list(dict.fromkeys(essential + shipped + more))

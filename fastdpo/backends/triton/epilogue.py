@@ -8,7 +8,9 @@ business: one scattered store per row, after the sums are known (`reduce_sums`),
 select per entry.
 
 A tile is taken in CHUNKS of columns, one after the other, so that e, d and the slope are alive for
-a part of it only. Whatever is asked for, the chunks and the order of the sums are the same.
+a part of it only. Each chunk is a branch of its own, taken wherever there is something to compute:
+within straight code the assembler starts all chunks' exponentials before it ends the first, and
+runs out of registers. Whatever is asked for, the chunks and the order of the sums are the same.
 """
 
 from __future__ import annotations

@@ -73,15 +73,17 @@ def exp_logits_pointers(
     sums = no_sums(BLOCK_M)
     chunks = column_chunks(products, CHUNKS)
     for c in tl.static_range(CHUNKS):
-        columns = column_tile * BLOCK_V + c * CHUNK + tl.arange(0, CHUNK)
-        e, shifted, t, factor = exponentials(
-            chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
-        )
-        sums = add_sums(sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP)
-        if out_ptr is not None:
-            place = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-            stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
-            tl.store(place, stored, mask=mask[:, None] & (columns < K)[None, :])
+        start = column_tile * BLOCK_V + c * CHUNK
+        if CHUNKS == 1 or start < V:
+            columns = start + tl.arange(0, CHUNK)
+            e, shifted, t, factor = exponentials(
+                chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
+            )
+            sums = add_sums(sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP)
+            if out_ptr is not None:
+                place = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+                stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
+                tl.store(place, stored, mask=mask[:, None] & (columns < K)[None, :])
     here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
     quantity_stride = tl.cast(column_tiles, tl.int64) * N
     store_sums(here, quantity_stride, mask, sums, ENTROPY, COLLISION, LOGITS, TOP)

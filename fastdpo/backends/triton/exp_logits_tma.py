@@ -77,13 +77,17 @@ def exp_logits_tma(
         chunks = column_chunks(products, CHUNKS)
         for c in tl.static_range(CHUNKS):
             start = column_tile * BLOCK_V + c * CHUNK
-            columns = start + tl.arange(0, CHUNK)
-            e, shifted, t, factor = exponentials(
-                chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
-            )
-            sums = add_sums(sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP)
-            if out is not None:
-                out.store([row_tile * BLOCK_M, start], times_slope(e, t, outer).to(out.dtype))
+            # No branch around a whole tile: Triton 3.6 cannot compile one on sm_100.
+            if CHUNKS == 1 or start < V:
+                columns = start + tl.arange(0, CHUNK)
+                e, shifted, t, factor = exponentials(
+                    chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
+                )
+                sums = add_sums(
+                    sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP
+                )
+                if out is not None:
+                    out.store([row_tile * BLOCK_M, start], times_slope(e, t, outer).to(out.dtype))
         here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
         quantity_stride = tl.cast(column_tiles, tl.int64) * N
         store_sums(here, quantity_stride, mask, sums, ENTROPY, COLLISION, LOGITS, TOP)
