@@ -82,7 +82,7 @@ CONFIGS: dict[str, dict[str, Tile]] = {
     },
     "sm_100": {
         "half": Tile(128, 256, 64, warps=8, stages=3, descriptors=True),
-        "plain": _PLAIN,
+        "plain": Tile(32, 128, 32, warps=8, stages=2, chunks=2),
         "softcap": Tile(128, 128, 64, warps=8, stages=4, descriptors=True),
         "tf32": _TF32,
         "ieee": _IEEE,

@@ -162,7 +162,7 @@ def plan(
     }  # fmt: skip
     find = {
         **again, "MAXIMA": True, "out_ptr": None, "out_stride": 0, "K": 0,
-        "ENTROPY": False, "COLLISION": False, "LOGITS": False, "TOP": False,
+        "ENTROPY": False, "COLLISION": False, "LOGITS": False, "TOP": True,
     }  # fmt: skip
     grid = (min(plain_column_tiles, target.processors),)
     maxima = {

@@ -60,7 +60,7 @@ def exp_logits_raised(
     K,
     inner,
     outer,
-    MAXIMA: tl.constexpr,
+    MAXIMA: tl.constexpr,  # only find them, with TOP alone
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -97,15 +97,12 @@ def exp_logits_raised(
                 sums = no_sums(BLOCK_M)
                 chunks = column_chunks(products, CHUNKS)
                 for c in tl.static_range(CHUNKS):
-                    columns = start + c * CHUNK + tl.arange(0, CHUNK)
-                    e, shifted, t, factor = exponentials(
-                        chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
-                    )
-                    if MAXIMA:
-                        sums = add_sums(
-                            sums, e, shifted, t, factor, anchor, False, False, False, True
+                    first = start + c * CHUNK
+                    if CHUNKS == 1 or first < V:
+                        columns = first + tl.arange(0, CHUNK)
+                        e, shifted, t, factor = exponentials(
+                            chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
                         )
-                    else:
                         sums = add_sums(
                             sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP
                         )
