@@ -5,6 +5,7 @@ Each architecture is compiled by a process of its own, since the tests' own proc
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -24,6 +25,8 @@ from fastdpo.backends.triton.ahead import (
     TRL_STATS,
     TRL_STATS_CAPPED,
     Resources,
+    Variant,
+    exp_logits_launches,
     variants,
 )
 from fastdpo.backends.triton.configs import CONFIGS, pick, supported_arch
@@ -162,6 +165,21 @@ def test_statistics_ragged_vocabularies_and_fp32():
         str(v) for v in variants("sm_90", True) if str(v) in names and v.kind == "half"
     ]
     added_alike(*(one(found, MAIN[0], name) for name in capped))
+
+
+def test_where_a_fence_is_missing_nothing_is_copied_asynchronously(monkeypatch):
+    def stages(arch: str, variant: Variant) -> dict[str, int]:
+        return {n.kernel.fn.__name__: n.stages for n in exp_logits_launches(arch, variant)}
+
+    module = importlib.import_module("fastdpo.backends.triton.exp_logits")
+    monkeypatch.setattr(module, "_FENCES_COPIES", False)
+    hopper = stages("sm_90", Variant(out=True))
+    assert (hopper["exp_logits_tma"], hopper["exp_logits_raised"]) == (4, 1)
+    assert stages("sm_90", Variant("tf32"))["exp_logits_pointers"] == 1
+    assert stages("sm_90", Variant("ieee"))["exp_logits_pointers"] == 3  # no matrix instruction
+    assert stages("sm_80", Variant("tf32"))["exp_logits_pointers"] == 2  # one that needs no fence
+    monkeypatch.setattr(module, "_FENCES_COPIES", True)
+    assert stages("sm_90", Variant(out=True))["exp_logits_raised"] == 2
 
 
 def test_every_architecture_is_described():
