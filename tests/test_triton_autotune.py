@@ -5,6 +5,8 @@ No GPU is needed: the tiles are planned for an H100 on the CPU, and a model stan
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -96,3 +98,24 @@ def test_candidates_are_the_shipped_tile_and_its_neighbours(arch):
         for tile in found:
             assert (tile.descriptors, tile.flatten) == (shipped.descriptors, shipped.flatten)
             assert tile.columns % tile.chunks == 0
+            # The half of 4 warps is no warpgroup: another instruction, other bits.
+            assert not (tile.halves and tile.warps == 4)
+            assert tile.residents == 1 or tile.descriptors
+        assert any(t.halves for t in found) == shipped.halves
+        assert any(t.residents == 2 for t in found) == shipped.descriptors
+
+
+def test_two_programs_a_processor():
+    x, head = inputs(4096)
+    tile = dataclasses.replace(pick("sm_90", "half", False), rows=16, columns=16)
+    labels, anchor = torch.zeros(4096, dtype=torch.int64), torch.zeros(4096)
+    for residents, programs in ((1, 132), (2, 264)):
+        resident = dataclasses.replace(tile, residents=residents)
+        plan = autotune.plan(x, head, labels, anchor, True, None, None, (), None, HOPPER, resident)
+        assert plan.launches[0].grid == (programs,)
+
+
+def test_the_printed_line_names_the_kind_of_head(clock, monkeypatch, capfd):
+    monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")
+    autotune.tile_of(*inputs(500, softcap=30.0), HOPPER)
+    assert capfd.readouterr().err.strip().splitlines()[-1].startswith("        'softcap': Tile(")

@@ -35,6 +35,10 @@ _CHOICES = {
     ("chunks",): ((1,), (2,), (4,)),
     ("group",): ((8,), (16,), (32,)),
 }
+# Small enough for two programs on a processor of Hopper: the epilogue of one runs under the product
+# of the other.
+_RESIDENT = {"rows": 128, "columns": 128, "warps": 4, "stages": 3, "chunks": 4, "residents": 2}
+_WARPGROUP = 4  # warps, which share one of Hopper's matrix instructions
 _tuned: dict[tuple[str, str, bool], Tile] = {}
 
 
@@ -54,7 +58,9 @@ def tile_of(
 
 
 def candidates(shipped: Tile) -> list[Tile]:
-    """The shipped tile, and those that differ from it in at most two of the choices."""
+    """The shipped tile, those that differ from it in at most two of the choices, and where tiles
+    are fed by descriptors, one for two programs a processor with its neighbours.
+    """
     found = [shipped]
     shipped_values = [tuple(getattr(shipped, name) for name in names) for names in _CHOICES]
     choices = [
@@ -70,7 +76,15 @@ def candidates(shipped: Tile) -> list[Tile]:
         if 0 < len(changes) <= 2:
             changed = {k: v for change in changes for k, v in change.items()}
             found.append(dataclasses.replace(shipped, **changed))
-    return found
+    if shipped.descriptors:
+        resident = dataclasses.replace(shipped, **_RESIDENT)
+        found += [dataclasses.replace(resident, group=group) for (group,) in _CHOICES["group",]]
+    return [_halving(tile) for tile in found]
+
+
+def _halving(tile: Tile) -> Tile:
+    """Half a warpgroup would use another instruction, and give a row of few other bits."""
+    return dataclasses.replace(tile, halves=tile.halves and tile.warps >= 2 * _WARPGROUP)
 
 
 def _fastest(
@@ -96,7 +110,9 @@ def _fastest(
         raise RuntimeError(f"fastdpo autotune: no tile of {key} compiles and fits")
     milliseconds, best = min(timed, key=lambda entry: entry[0])
     print(f"fastdpo autotune {key}: {milliseconds:.3f} ms", file=sys.stderr)
-    print(f"        {key[1]!r}: {best!r},", file=sys.stderr)
+    _, kind, softcap = key
+    name = "softcap" if softcap and kind == "half" else kind
+    print(f"        {name!r}: {best!r},", file=sys.stderr)
     return best
 
 

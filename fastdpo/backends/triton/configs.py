@@ -32,6 +32,7 @@ class Tile:
     group: int = 16  # row tiles that share a strip of the weight
     descriptors: bool = False  # the persistent kernel, where the tensors allow it
     flatten: bool = False
+    residents: int = 1  # programs of the persistent kernel that share a processor
     halves: bool = False  # half the rows with half the warps gives every row the same bits
 
     def few_rows(self) -> Tile:

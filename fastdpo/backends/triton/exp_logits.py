@@ -133,7 +133,7 @@ def plan(
             "FLATTEN": tile.flatten,
         }  # fmt: skip
         kernel, operands = exp_logits_tma, described
-        programs = min(programs, target.processors)
+        programs = min(programs, target.processors * tile.residents)
     else:
         kernel, operands = exp_logits_pointers, pointers
     arguments = {**operands, **shared, **_shape(tile), "anchor_ptr": anchor, "GROUP": tile.group}
