@@ -3,12 +3,14 @@
 #
 #   benchmarks/gpu.sh [--cpu] OUT [SECONDS [STAGE...]]
 #
-# OUT receives at most eight files: log.txt, tests.txt, kernels.json, loss.json, accuracy.json,
-# step.json, max-tokens.json and ncu.txt. SECONDS (600 by default) is for all of it. A stage that
-# runs out of time is cut off and leaves what it has; one that finds no time left is skipped and
-# said so. Naming stages (build tests sanitizer kernels loss step accuracy ncu max-tokens) runs
-# those alone, and gives them the time of the others: ten minutes do not hold all of it, three times
-# ten do (build tests sanitizer kernels; loss; step accuracy ncu max-tokens). --cpu runs the same stages at CPU sizes, to prove the script where there is no GPU.
+# OUT receives at most nine files: log.txt, tests.txt, kernels.json, tuned.json, loss.json,
+# accuracy.json, step.json, max-tokens.json and ncu.txt. SECONDS (600 by default) is for all of it.
+# A stage that runs out of time is cut off and leaves what it has; one that finds no time left is
+# skipped and said so. Naming stages (build tests sanitizer kernels tune loss step accuracy ncu
+# max-tokens) runs those alone, and gives them the time of the others: ten minutes do not hold all of
+# it, three times ten do (build tests sanitizer kernels tune; loss; step accuracy ncu max-tokens).
+# "tune" looks for a faster tile: log.txt then has the line for configs.py. --cpu runs the same stages
+# at CPU sizes, to prove the script where there is no GPU.
 # PYTHON names the interpreter (the first of python and python3 that has PyTorch), WHEELS a folder
 # of wheels to install first, for peers where there is no registry. With pytest-xdist the tests run
 # six at a time.
@@ -27,7 +29,7 @@ fi
 [ $# -ge 1 ] || usage
 budget=${2:-600}
 case $budget in '' | *[!0-9]*) usage ;; esac
-all="build tests sanitizer kernels loss step accuracy ncu max-tokens"
+all="build tests sanitizer kernels tune loss step accuracy ncu max-tokens"
 chosen=" ${*:3} "
 for name in $chosen; do
   case " $all " in *" $name "*) ;; *) usage ;; esac
@@ -55,7 +57,7 @@ wanted() { [ "$chosen" = "  " ] || [[ $chosen = *" $1 "* ]]; }
 left() { echo $((end - SECONDS)); }
 
 # The most seconds of each stage, and of those that are wanted together.
-declare -A most=([build]=120 [tests]=180 [sanitizer]=90 [kernels]=60 [loss]=160 [step]=60
+declare -A most=([build]=120 [tests]=180 [sanitizer]=90 [kernels]=60 [tune]=75 [loss]=160 [step]=60
   [accuracy]=45 [ncu]=40 [max-tokens]=60)
 together=0
 for name in $all; do
@@ -138,10 +140,10 @@ sys.exit(not torch.cuda.is_available())' 2>>"$log"; then
 fi
 if [ $device = cuda ]; then
   say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1)"
-  suite=full kernels=full accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b --batch-size 4) size=16GiB
+  suite=full kernels=full tuned=quick accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b --batch-size 4) size=16GiB
   pair=(--head llama-3-8b)
 else
-  suite=tiny kernels=tiny accuracy=(--head tiny --lengths 16 32) step=(--model tiny --steps 3) size=64MiB
+  suite=tiny kernels=tiny tuned=tiny accuracy=(--head tiny --lengths 16 32) step=(--model tiny --steps 3) size=64MiB
   pair=(--head tiny --dtype fp32 --tokens 64 --sequences 4)
 fi
 
@@ -154,6 +156,8 @@ stage build 30 build
 stage tests 20 tests "gpu and not slow"
 stage sanitizer 20 tests "gpu and slow"
 stage kernels 20 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
+FASTDPO_AUTOTUNE=1 stage tune 30 benchmark kernels --suite "$tuned" --device "$device" \
+  --out "$out/tuned"
 stage loss 20 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss"
 stage step 30 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
 stage accuracy 20 benchmark accuracy --device "$device" "${accuracy[@]}" --no-plots \

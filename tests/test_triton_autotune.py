@@ -6,6 +6,9 @@ No GPU is needed: the tiles are planned for an H100 on the CPU, and a model stan
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,6 +39,7 @@ def clock(monkeypatch):
         return 1.0 if timed[-1] == (128, 256, 128, 8, 3) else 2.0
 
     monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
+    monkeypatch.setattr(autotune, "_compile", lambda launches: None)
     monkeypatch.setattr(autotune, "_tuned", {})
     return timed
 
@@ -85,6 +89,7 @@ def test_it_says_when_nothing_runs(monkeypatch):
         raise autotune.triton.OutOfResources(2, 1, "shared memory")
 
     monkeypatch.setattr(autotune, "_milliseconds", refuse)
+    monkeypatch.setattr(autotune, "_compile", lambda launches: None)
     with pytest.raises(RuntimeError, match="sm_90"):
         autotune.tile_of(*inputs(70), HOPPER)
 
@@ -119,3 +124,32 @@ def test_the_printed_line_names_the_kind_of_head(clock, monkeypatch, capfd):
     monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")
     autotune.tile_of(*inputs(500, softcap=30.0), HOPPER)
     assert capfd.readouterr().err.strip().splitlines()[-1].startswith("        'softcap': Tile(")
+
+
+_COMPILED = """
+import triton
+from fastdpo.backends.triton import autotune
+from fastdpo.backends.triton.ahead import Variant, _compiling_for, exp_logits_launches
+
+right = exp_logits_launches("sm_90", Variant("tf32"))[0]
+wrong = right._replace(arguments={**right.arguments, "PRECISION": "no such"})
+with _compiling_for("sm_90"):
+    autotune._compile([wrong, right])
+    triton.runtime.jit.JITFunction._do_compile = None  # nothing is compiled from here on
+    again = right.kernel.warmup(grid=right.grid, **right.arguments, **right.options)
+    assert again.asm["cubin"]
+    try:
+        wrong.kernel.warmup(grid=wrong.grid, **wrong.arguments, **wrong.options)
+    except TypeError:  # from the None that it had to call
+        print("refused")
+"""
+
+
+def test_candidates_are_compiled_before_they_are_timed_and_failures_left_for_later():
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "refused\n", done.stderr[-3000:]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,15 @@ TESTS = Path(__file__).parent.parent
 _PLUGINS = ("-p", "no:cacheprovider", "-p", "ptx.triton_plugin")
 
 
-def compiled(arch: str, *arguments: str | Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *_PLUGINS, *map(str, arguments)],
+ARCHITECTURES = ("sm_80", "sm_90")
+KERNELS = "ptx/compiled_triton.py"
+# What a backend says of itself is not about kernels.
+ELSEWHERE = "it_says_what_it_serves or a_triton_that_is_too_old"
+
+
+def compiled(arch: str, path: str, *selection: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *_PLUGINS, *selection, str(TESTS / path)],
         env={
             **os.environ,
             "TRITON_INTERPRET": "0",
@@ -27,24 +35,35 @@ def compiled(arch: str, *arguments: str | Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
-    assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_compiled_kernels(arch):
-    compiled(arch, "-m", "not slow", TESTS / "ptx" / "compiled_triton.py")
+@cache
+def all_compiled(*test: str) -> dict[str, subprocess.CompletedProcess[str]]:
+    """The architectures side by side."""
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda arch: compiled(arch, *test), ARCHITECTURES)
+        return dict(zip(ARCHITECTURES, done, strict=True))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def passes(request):
+    def check(*test: str) -> None:
+        done = all_compiled(*test)[request.param]
+        assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
+        assert " passed" in done.stdout
+
+    return check
+
+
+def test_the_compiled_kernels(passes):
+    passes(KERNELS, "-m", "not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_more_of_the_compiled_kernels(arch):
-    compiled(arch, "-m", "slow", TESTS / "ptx" / "compiled_triton.py")
+def test_more_of_the_compiled_kernels(passes):
+    passes(KERNELS, "-m", "slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_every_test_of_the_primitives(arch):
-    # What a backend says of itself is not about kernels.
-    elsewhere = "it_says_what_it_serves or a_triton_that_is_too_old"
-    compiled(arch, "-k", f"not ({elsewhere})", TESTS / "test_triton_primitives.py")
+def test_every_test_of_the_primitives(passes):
+    passes("test_triton_primitives.py", "-k", f"not ({ELSEWHERE})")

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -99,11 +100,16 @@ def _fastest(
     labels, anchor = rows % head.vocab_size, x.new_zeros(_ROWS, dtype=torch.float32)
     # With E, so that a tile without the registers or the shared memory to store it cannot win.
     out = padded_empty(_ROWS, head.vocab_size, x)
+    tiles = candidates(shipped)
+    launches = [
+        plan(x, head, labels, anchor, True, out, None, (), None, target, tile).launches[0]
+        for tile in tiles
+    ]
+    _compile(launches)
     timed: list[tuple[float, Tile]] = []
-    for tile in candidates(shipped):
-        main = plan(x, head, labels, anchor, True, out, None, (), None, target, tile).launches[0]
+    for tile, launch in zip(tiles, launches, strict=True):
         try:
-            timed.append((_milliseconds(main), tile))
+            timed.append((_milliseconds(launch), tile))
         except (triton.OutOfResources, triton.CompilationError, PTXASError) as refusal:
             print(f"fastdpo autotune: {tile}: {type(refusal).__name__}", file=sys.stderr)
     if not timed:
@@ -114,6 +120,14 @@ def _fastest(
     name = "softcap" if softcap and kind == "half" else kind
     print(f"        {name!r}: {best!r},", file=sys.stderr)
     return best
+
+
+def _compile(launches: list[Launch]) -> None:
+    """All of them, side by side; one that does not compile will say so when it is timed."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for launch in launches:
+            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 
 
 def _milliseconds(launch: Launch) -> float:
