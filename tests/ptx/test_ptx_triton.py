@@ -67,3 +67,8 @@ def test_more_of_the_compiled_kernels(passes):
 @pytest.mark.slow
 def test_every_test_of_the_primitives(passes):
     passes("test_triton_primitives.py", "-k", f"not ({ELSEWHERE})")
+
+
+@pytest.mark.slow
+def test_the_public_functions(passes):
+    passes("test_triton_public.py")
