@@ -53,12 +53,19 @@ def test_exp_logits_in_fp32_and_fp16():
 
 
 @pytest.mark.slow
-def test_tf32():
+@pytest.mark.parametrize(("rows", "depth"), [(20, 72), (70, 72), (20, 74)])
+def test_tf32(executor, rows, depth):
     """Ten bits of mantissa are enough for small integers."""
-    hidden, weight = (torch.randint(-3, 4, (n, 72)).float() for n in (20, 300))
-    head, labels = primitives.Head(weight, None, 0.05), torch.randint(0, 300, (20,))
+    hidden, weight = (torch.randint(-3, 4, (n, depth)).float() for n in (rows, 300))
+    head, labels = primitives.Head(weight, None, 0.05), torch.randint(0, 300, (rows,))
+    anchor = triton.target_logits(hidden, head, labels)
+    anchor[3] = -300.0
+    before = len(executor.launched)
     with _matmul_precision("tf32"):
-        check(hidden, head, labels, triton.target_logits(hidden, head, labels), stats=())
+        check(hidden, head, labels, anchor, stats=("entropy",))
+    descriptors = executor.target.arch == "sm_90" and depth % 4 == 0
+    main = "exp_logits_tma" if descriptors else "exp_logits_pointers"
+    assert main in executor.launched[before:]
 
 
 def test_several_tiles_a_program(executor, monkeypatch):

@@ -107,7 +107,7 @@ def exp_logits_launches(arch: str, variant: Variant) -> list[Launch]:
     dtype = torch.bfloat16 if variant.kind == "half" else torch.float32
     rows = 64 if variant.few else _ROWS
     vocabulary = _VOCABULARY + 40 * variant.ragged
-    depth = _DEPTH + 4 * variant.unaligned
+    depth = _DEPTH + 2 * variant.unaligned
     hidden = _meta(rows, depth, dtype=dtype)
     bias = _meta(vocabulary, dtype=dtype) if variant.bias else None
     head = Head(

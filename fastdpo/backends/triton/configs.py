@@ -78,14 +78,16 @@ CONFIGS: dict[str, dict[str, Tile]] = {
         # 64 rows at least, for Hopper's own matrix instructions.
         "plain": Tile(64, 128, 32, warps=8, stages=2),
         "plain tf32": Tile(64, 128, 32, warps=8, stages=2),
-        "tf32": _TF32,
+        "tf32": Tile(
+            128, 256, 32, warps=8, stages=4, chunks=4, descriptors=True, flatten=True, halves=True
+        ),
         "ieee": _IEEE,
     },
     "sm_100": {
         "half": Tile(128, 256, 64, warps=8, stages=3, descriptors=True),
         "plain": Tile(32, 128, 32, warps=8, stages=2, chunks=2),
         "softcap": Tile(128, 128, 64, warps=8, stages=4, descriptors=True),
-        "tf32": _TF32,
+        "tf32": Tile(128, 128, 32, warps=8, stages=4, descriptors=True),
         "ieee": _IEEE,
     },
     "sm_120": {

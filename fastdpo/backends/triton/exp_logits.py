@@ -130,7 +130,7 @@ def plan(
             "weight": TensorDescriptor.from_tensor(head.weight, [tile.columns, tile.depth]),
             "out": None if out is None
             else TensorDescriptor.from_tensor(out, [tile.rows, tile.columns // tile.chunks]),
-            "FLATTEN": tile.flatten,
+            "PRECISION": pointers["PRECISION"], "FLATTEN": tile.flatten,
         }  # fmt: skip
         kernel, operands = exp_logits_tma, described
         programs = min(programs, target.processors * tile.residents)

@@ -1,4 +1,4 @@
-"""exp_logits through plain pointers: GPUs without descriptors, fp32, any strides and alignments.
+"""exp_logits through plain pointers: GPUs without descriptors, fp32 without tf32, any strides.
 
 One program per tile. Operations and bytes are those of `exp_logits_tma`.
 """

@@ -46,6 +46,7 @@ def exp_logits_tma(
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
     GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
     FLATTEN: tl.constexpr,
     ENTROPY: tl.constexpr,
     COLLISION: tl.constexpr,
@@ -67,7 +68,7 @@ def exp_logits_tma(
         for d in range(depth_tiles):
             a = hidden.load([row_tile * BLOCK_M, d * BLOCK_D])
             b = weight.load([column_tile * BLOCK_V, d * BLOCK_D])
-            products = multiply_add(a, b.T, products, "ieee")
+            products = multiply_add(a, b.T, products, PRECISION)
 
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = rows < N
