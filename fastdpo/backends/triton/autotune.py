@@ -14,6 +14,7 @@ import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import triton
@@ -38,7 +39,14 @@ _CHOICES = {
 }
 # Small enough for two programs on a processor of Hopper: the epilogue of one runs under the product
 # of the other.
-_RESIDENT = {"rows": 128, "columns": 128, "warps": 4, "stages": 3, "chunks": 4, "residents": 2}
+_RESIDENT: dict[str, Any] = {
+    "rows": 128,
+    "columns": 128,
+    "warps": 4,
+    "stages": 3,
+    "chunks": 4,
+    "residents": 2,
+}
 _WARPGROUP = 4  # warps, which share one of Hopper's matrix instructions
 _tuned: dict[tuple[str, str, bool], Tile] = {}
 
