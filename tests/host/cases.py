@@ -335,3 +335,17 @@ def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
     assert len(left) == len(right)
     for a, b in zip(left, right, strict=True):
         assert torch.equal(a, b)
+
+
+def far_apart(matrix: Tensor, stride: int) -> Tensor:
+    """The same rows with so many elements between them: virtual memory that nobody touches."""
+    rows, columns = matrix.shape
+    storage = torch.empty(rows * stride, dtype=matrix.dtype)
+    return storage.as_strided((rows, columns), (stride, 1)).copy_(matrix)
+
+
+def check_rows_beyond_two_to_the_31_elements(backend: ModuleType) -> None:
+    logits = far_apart(torch.randn(2, 100).to(torch.bfloat16), (1 << 31) + 24)
+    labels = torch.tensor([3, 99])
+    check_forward(backend, logits, labels)
+    check_backward(backend, logits, labels, logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from ptx import floats
@@ -115,14 +116,17 @@ def comparison(name: str, kind: str) -> Callable:
     return _COMPARE[name]
 
 
+def _flushed(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: f(floats.flush(a), floats.flush(b))
+
+
 @builds("setp")
 def compare(m: Machine, i: Instruction) -> Run:
     kind = i.parts[-1]
     names = [part for part in i.parts[1:-1] if part != "ftz"]
     f = comparison(names[0], kind)
     if "ftz" in i.parts:
-        inner = f
-        f = lambda a, b: inner(floats.flush(a), floats.flush(b))  # noqa: E731
+        f = _flushed(f)
     combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
     targets = i.operands[0].split("|")
     puts = [m.write(target, "pred") for target in targets]

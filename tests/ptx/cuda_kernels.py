@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +24,7 @@ from ptx.machine import Machine
 from ptx.memory import Global
 from ptx.parse import Kernel, parse
 from ptx.regions import Rows, allocations
+from ptx.schedule import Scheduled
 
 CSRC = build.ROOT / "csrc"
 _FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ptx"]  # as setup.py has them
@@ -156,12 +156,11 @@ _CALLBACK = ctypes.CFUNCTYPE(
 )
 
 
-class Executed:
+class Executed(Scheduled):
     """Stands where tests of the host build have a `backend.Host`."""
 
     def __init__(self, host: backend.Host, arch: int) -> None:
         self.host, self.kernels = host, compiled(arch)
-        self.seed = 0
         self.machines: dict[tuple[str, int], Machine] = {}
         self._count = 0
         self._failure: Exception | None = None
@@ -169,14 +168,6 @@ class Executed:
 
     def blocks(self) -> int:
         return self._count
-
-    @contextlib.contextmanager
-    def schedule(self, seed: int) -> Iterator[None]:
-        self.seed = seed
-        try:
-            yield
-        finally:
-            self.seed = 0
 
     @property
     def module(self) -> Any:

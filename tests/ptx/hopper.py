@@ -179,15 +179,9 @@ def _load(m: Machine, place: np.ndarray, size: int, thread: int, element: int) -
     return found.reshape(len(place), size)
 
 
-def state(m: Machine) -> Hopper:
-    if "hopper" not in m.objects:
-        m.objects["hopper"] = Hopper(m)
-    return m.objects["hopper"]
-
-
 @builds("mbarrier")
 def memory_barrier(m: Machine, i: Instruction) -> Run | Step:
-    hopper, shared = state(m), m.shared
+    hopper, shared = m.kept(Hopper), m.shared
     parts = [part for part in i.parts[1:] if part not in ("shared::cta", "shared", "b64")]
     operands = i.operands
     address = m.address(operands[0 if parts[0] in ("init", "inval") else 1])
@@ -254,7 +248,7 @@ def memory_barrier(m: Machine, i: Instruction) -> Run | Step:
 
 @builds("cp.async.bulk")
 def bulk_copy(m: Machine, i: Instruction) -> Run:
-    hopper = state(m)
+    hopper = m.kept(Hopper)
     # A block is a cluster of its own.
     form = ".".join(i.parts[3:]).replace("shared::cluster", "shared::cta")
     if form == "commit_group":

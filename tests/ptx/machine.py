@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ptx.faults import Divergence, Fault, Race
@@ -32,6 +32,7 @@ MOST_STEPS = 20_000_000  # of one block: more is a loop that does not end
 PARAMETERS = 0x7F00 << 32  # generic addresses of parameters, and of shared memory
 SHARED = 0x7E00 << 32
 
+T = TypeVar("T")
 Mask = np.ndarray | None  # which threads take part; None: all
 Run = Callable[[Mask], Any]
 
@@ -82,7 +83,7 @@ class Machine:
         self.memory = Global([])
         self.parameters = np.zeros(0, np.uint8)
         self.descriptors: dict[int, Any] = {}  # by generic address
-        self.objects: dict[Any, Any] = {}  # what groups of instructions keep between them
+        self._kept: dict[type, Any] = {}
         self.deliver: list[Callable[[], bool]] = []  # each may finish something asynchronous
         self.resets: list[Callable[[], None]] = []  # called before each block
         self.changed = False  # something that threads wait for
@@ -110,6 +111,12 @@ class Machine:
         with np.errstate(all="ignore"):
             for block in self.random.permutation(count) if self.shuffled else range(count):
                 self._run_block(int(block))
+
+    def kept(self, group: type[T]) -> T:
+        """What a group of instructions keeps between them: one of its class for each machine."""
+        if group not in self._kept:
+            self._kept[group] = group(self)
+        return self._kept[group]
 
     # ---- Operands
 

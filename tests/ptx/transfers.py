@@ -208,17 +208,11 @@ class Copies:
         shared.accesses.write_tick[at] = self.m.order.now[thread]
 
 
-def _copies(m: Machine) -> Copies:
-    if "cp.async" not in m.objects:
-        m.objects["cp.async"] = Copies(m)
-    return m.objects["cp.async"]
-
-
 @builds("cp")
 def copy(m: Machine, i: Instruction) -> Run | Step:
     if i.parts[1] != "async":
         raise Unsupported(i.text)
-    copies = _copies(m)
+    copies = m.kept(Copies)
     if i.parts[2] == "commit_group":
         return lambda mask: copies.commit(m.some(mask))
     if i.parts[2] == "wait_group":

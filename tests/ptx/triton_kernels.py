@@ -20,6 +20,7 @@ from ptx.machine import PARAMETERS, Machine
 from ptx.memory import Global
 from ptx.parse import Kernel, parse
 from ptx.regions import Rows, allocations
+from ptx.schedule import Scheduled
 from torch import Tensor
 
 from fastdpo.backends import triton as triton_backend
@@ -38,21 +39,12 @@ _SCALARS |= {"i1": ctypes.c_bool, "fp64": ctypes.c_double, "u1": ctypes.c_bool}
 _SWIZZLE = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes, by what Triton calls it
 
 
-class Executor:
+class Executor(Scheduled):
     def __init__(self, arch: str, processors: int) -> None:
         self.target = Target(arch, processors)
-        self.seed = 0
         self.machines: dict[str, Machine] = {}
         self.launched: list[str] = []
         self.alterations: dict[str, Callable[[Kernel], Kernel]] = {}
-
-    @contextlib.contextmanager
-    def schedule(self, seed: int) -> Iterator[None]:
-        self.seed = seed
-        try:
-            yield
-        finally:
-            self.seed = 0
 
     def run(self, launches: Iterable[Launch], device: torch.device) -> None:
         written: dict[int, np.ndarray] = {}

@@ -90,9 +90,7 @@ def _tile(m: Machine, descriptor: int, rows: int, turned: bool) -> np.ndarray:
 
 @builds("wgmma")
 def warp_group(m: Machine, i: Instruction) -> Run:
-    if "products" not in m.objects:
-        m.objects["products"] = Products(m)
-    products: Products = m.objects["products"]
+    products = m.kept(Products)
     name = i.parts[1]
     if name == "fence":
         return lambda mask: None
