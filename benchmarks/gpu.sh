@@ -3,12 +3,18 @@
 #
 #   benchmarks/gpu.sh [--cpu] OUT [SECONDS [STAGE...]]
 #
-# OUT receives at most nine files: log.txt, tests.txt, kernels.json, tuned.json, loss.json,
-# accuracy.json, step.json, max-tokens.json and ncu.txt. SECONDS (600 by default) is for all of it.
+# OUT receives at most eight files: log.txt (with the profile in it), tests.txt, kernels.json,
+# tuned.json, loss.json, accuracy.json, step.json and max-tokens.json. SECONDS (600 by default) is
+# for all of it.
 # A stage that runs out of time is cut off and leaves what it has; one that finds no time left is
 # skipped and said so. Naming stages (build tests sanitizer kernels tune loss step accuracy ncu
 # max-tokens) runs those alone, and gives them the time of the others: ten minutes do not hold all of
-# it, three times ten do (build tests sanitizer kernels tune; loss; step accuracy ncu max-tokens).
+# it. A quarter of an hour, the machine's start included, holds these, one right after the other:
+#
+#   benchmarks/gpu.sh OUT 420 build tests sanitizer kernels
+#   benchmarks/gpu.sh OUT 240 loss tune                        ("build" first on another machine)
+#
+# and what is left is benchmarks/gpu.sh OUT 300 step accuracy ncu max-tokens.
 # "tune" looks for a faster tile: log.txt then has the line for configs.py. --cpu runs the same stages
 # at CPU sizes, to prove the script where there is no GPU.
 # PYTHON names the interpreter (the first of python and python3 that has PyTorch), WHEELS a folder
@@ -129,8 +135,7 @@ tests() {
 profile() {
   # The clocks stay as they are.
   within ncu --clock-control none --set full -k regex:exp_logits -c 1 \
-    "$python" -m benchmarks.exp_logits_once \
-    >"$out/ncu.txt" 2>&1
+    "$python" -m benchmarks.exp_logits_once
 }
 
 if [ $device = cuda ] && ! "$python" -c 'import sys, torch

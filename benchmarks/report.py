@@ -38,8 +38,8 @@ def render(docs: dict[str, dict[str, Any]], folder: Path = RESULTS) -> str:
     on_cpu = {k: d for k, d in docs.items() if k not in on_gpu and k not in counted}
     if not on_gpu:
         parts.append(
-            "GPU figures are still to be measured: `benchmarks/gpu.sh OUT` measures the first of "
-            "them in ten minutes, and all in three times ten."
+            "GPU figures are still to be measured, by `benchmarks/gpu.sh`: the kernels' and the "
+            "loss step's take a quarter of an hour, all of them half an hour."
         )
     groups = {
         "On a GPU": on_gpu,
