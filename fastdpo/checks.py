@@ -19,6 +19,7 @@ from fastdpo.backends import select
 from fastdpo.head import Head
 from fastdpo.linear import STATS
 from fastdpo.objectives import ResolvedObjective
+from fastdpo.parallel import SequenceParallel, VocabParallel
 
 PAIRS = ("concatenated", "interleaved")
 
@@ -192,6 +193,33 @@ def backend(value: str | None) -> str | None:
         fail("backend", f"None or one of {list(known)}", repr(value))
     if value is None and select.requested(None) not in known:
         fail(select.ENVIRONMENT_VARIABLE, f"one of {list(known)}", repr(select.requested(None)))
+    return value
+
+
+def vocab_parallel(value: VocabParallel | None, head: Head) -> VocabParallel | None:
+    if value is None:
+        return None
+    if not isinstance(value, VocabParallel):
+        fail("vocab_parallel", "a fastdpo.parallel.VocabParallel", type(value).__name__)
+    rows = value.sizes[value.rank]
+    if head.vocab_size != rows:
+        fail("weight", f"of shape [{rows}, D] as vocab_parallel says", shape(head.weight))
+    return value
+
+
+def sequence_parallel(
+    value: SequenceParallel | None, resolved: ResolvedObjective
+) -> SequenceParallel | None:
+    if value is None:
+        return None
+    if not isinstance(value, SequenceParallel):
+        fail("sequence_parallel", "a fastdpo.parallel.SequenceParallel", type(value).__name__)
+    for name, given in (
+        ("ld_alpha", resolved.ld_alpha is not None),
+        ("use_weighting", resolved.wpo),
+    ):
+        if given:
+            fail(name, "off with sequence_parallel: it needs whole sequences", "it")
     return value
 
 

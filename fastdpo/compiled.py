@@ -19,6 +19,7 @@ from fastdpo import checks, linear, workspace
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
 from fastdpo.linear import Kept, Needs, Plan, RowState, TokenLogps
+from fastdpo.parallel import vocabulary
 
 _STATE = 3  # tensors in a RowState
 
@@ -60,6 +61,7 @@ def token_logps(
         plan.workspace_bytes,
         plan.backend,
         plan.compute_dtype,
+        None if plan.vocab_parallel is None else plan.vocab_parallel.name,
         *trained,
     )
     fields = {name: others[i] for i, name in enumerate(_without_entropy(plan.stats))}
@@ -85,6 +87,7 @@ def _forward(
     workspace_bytes: int | None,
     backend: str | None,
     compute_dtype: torch.dtype | None,
+    vocab_parallel: str | None,
     train_hidden: bool,
     train_weight: bool,
     train_bias: bool,
@@ -93,8 +96,8 @@ def _forward(
     flat).
     """
     head = Head(weight, bias, scale, softcap, temperature)
-    rows = checks.label_rows(labels, ignore_index, head.vocab_size, row_index)
-    plan = Plan(_names(stats), workspace_bytes, backend, compute_dtype)
+    plan = Plan(_names(stats), workspace_bytes, backend, compute_dtype, vocabulary(vocab_parallel))
+    rows = checks.label_rows(labels, ignore_index, plan.vocab_size(head), row_index)
     needs = Needs(train_hidden, train_weight, train_bias)
     outputs = _empty_outputs(hidden, weight, labels, plan, needs)
     logps, entropy, others, state, product, flat = outputs
@@ -130,6 +133,7 @@ def _(
     workspace_bytes,
     backend,
     compute_dtype,
+    vocab_parallel,
     *trained,
 ):
     plan = Plan(_names(stats), workspace_bytes, backend, compute_dtype)
@@ -155,6 +159,7 @@ def _backward(
     workspace_bytes: int | None,
     backend: str | None,
     compute_dtype: torch.dtype | None,
+    vocab_parallel: str | None,
     train_hidden: bool,
     train_weight: bool,
     train_bias: bool,
@@ -171,8 +176,8 @@ def _backward(
         elif bool(grad_entropy.any()):
             raise RuntimeError(linear.NO_STATISTICS_GRADIENT)
     head = Head(weight, bias, scale, softcap, temperature)
-    rows = checks.label_rows(labels, ignore_index, head.vocab_size, row_index)
-    plan = Plan((), workspace_bytes, backend, compute_dtype)
+    plan = Plan((), workspace_bytes, backend, compute_dtype, vocabulary(vocab_parallel))
+    rows = checks.label_rows(labels, ignore_index, plan.vocab_size(head), row_index)
     needs = Needs(train_hidden, train_weight, train_bias)
     n = rows.labels.shape[0]
     kept = None
@@ -207,17 +212,18 @@ def _(grad_logps, grad_entropy, state, product, flat, hidden, weight, bias, *res
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ignore, scale, softcap, temperature, _, workspace, backend, dtype = inputs[:-3]
+    *tensors, ignore, scale, softcap, temperature, _, workspace, backend, dtype, name = inputs[:-3]
     _, _, others, state, product, flat = output
     ctx.save_for_backward(state, product, flat, *tensors)
-    ctx.options = (ignore, scale, softcap, temperature, workspace, backend, dtype, *inputs[-3:])
+    options = (ignore, scale, softcap, temperature, workspace, backend, dtype, name)
+    ctx.options = (*options, *inputs[-3:])
     ctx.trained = inputs[-3:]
     ctx.mark_non_differentiable(others, state, product, flat)
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_forward(ctx, grad_logps, grad_entropy, *_):
-    none = (None,) * 13
+    none = (None,) * 14
     if grad_entropy is not None and grad_entropy.numel() == 0:
         grad_entropy = None
     if grad_logps is None:

@@ -25,6 +25,9 @@ anchor that makes S = 2^10.
 
 The blocks of the forward depend on shapes and dtype alone, never on what is trained or kept: the
 policy and a reference with equal weights go through the same operations and agree to the bit.
+
+Where several processes share the vocabulary (`fastdpo.parallel`), `head` is this process's part of
+it, labels of other parts lie outside [0, V), and a, α and S are the whole vocabulary's.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from torch.autograd.function import once_differentiable
 from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
+from fastdpo.parallel import VocabParallel
 from fastdpo.rows import Rows
 from fastdpo.workspace import (
     cleared,
@@ -74,6 +78,16 @@ class Plan:
     compute_dtype: torch.dtype | None = (
         None  # what hidden and head are cast to first; None: as they are
     )
+    vocab_parallel: VocabParallel | None = None
+
+    def local(self, labels: Tensor) -> Tensor:  # [N] -> [N]
+        """Labels as entries of this process's part of the vocabulary."""
+        return labels if self.vocab_parallel is None else self.vocab_parallel.local(labels)
+
+    def vocab_size(self, head: Head) -> int:
+        """Entries of the whole vocabulary."""
+        shared = self.vocab_parallel
+        return head.vocab_size if shared is None else shared.vocab_size
 
 
 class TokenLogps(NamedTuple):
@@ -202,11 +216,13 @@ def forward_pass(
     needs: Needs,
     storage: Tensor | None = None,  # flat, for E; allocated where None
 ) -> ForwardPass:
-    n, vocab = x.shape[0], head.vocab_size
+    n, vocab, shared = x.shape[0], head.vocab_size, plan.vocab_parallel
+    labels = plan.local(labels)
     ready = x.dtype != torch.float16  # may E be formed before the sums are known?
     backend = select.primitive("exp_logits", x, plan.backend)
-    target = select.primitive("target_logits", x, plan.backend).target_logits(x, head, labels)
-    block = row_block(vocab, x)
+    target = _target_logits(x, head, labels, plan)
+    # Every process makes as many blocks: they talk in each.
+    block = row_block(vocab if shared is None else shared.largest, x)
 
     kept = product = scratch = None
     if ready and needs.head:
@@ -227,6 +243,10 @@ def forward_pass(
             kept.buffer[rows] if kept else None if scratch is None else scratch[: rows.stop - start]
         )
         sums = backend.exp_logits(x[rows], head, labels[rows], target[rows], out=out, stats=asked)
+        if shared is not None:
+            sums, share = shared.joined(sums)
+            if out is not None:
+                _scale_rows(out, share)
         parts.append(sums)
         if out is not None:
             state = RowState(target[rows], sums.anchor, sums.sum)
@@ -237,7 +257,7 @@ def forward_pass(
     sums = _joined(parts, target)
     state = RowState(target, sums.anchor, sums.sum)
     logps = _logps(state)
-    stats = {name: _statistic(name, x, head, state, sums, logps) for name in plan.stats}
+    stats = {name: _statistic(name, x, head, state, sums, logps, plan) for name in plan.stats}
     return ForwardPass(logps, stats, state, kept, product)
 
 
@@ -255,8 +275,8 @@ def backward_pass(
     """The gradients of hidden [M, D], weight [V, D] and bias [V] that are needed, else None."""
     grad_logps = grad_logps.to(state.target.dtype)
     if hidden_product is not None:
-        scaled_product = (hidden_product * grad_logps.unsqueeze(1)).to(hidden.dtype)
-        return rows.scatter(scaled_product), None, None
+        scaled_product = hidden_product * grad_logps.unsqueeze(1)
+        return rows.scatter(_reduced(scaled_product, plan).to(hidden.dtype)), None, None
 
     x, cast = operands(hidden, head, rows, plan)
     if x.dtype == torch.float16:
@@ -275,7 +295,8 @@ def backward_pass(
     grad_x = _HiddenGradient(x, coefficients)
     grad_rows: Tensor | None = None
 
-    for start, stop, e in _column_blocks(x, cast, rows.labels, plan, state, kept):
+    labels = plan.local(rows.labels)
+    for start, stop, e in _column_blocks(x, cast, labels, plan, state, kept):
         if grad_weight is not None and scaled is not None:
             part = grad_weight[start:stop]
             if size is None and part.dtype == e.dtype:
@@ -287,13 +308,13 @@ def backward_pass(
                 part.copy_(product if size is None else product * size)
         if grad_bias is not None:
             grad_bias[start:stop] = _column_sums(e, coefficients)
-        if needs.hidden and stop - start == head.vocab_size:
+        if needs.hidden and stop - start == plan.vocab_size(head):
             grad_rows = grad_x.whole(e, cast.weight)
         elif needs.hidden:
             grad_x.add(e, cast.weight[start:stop])
     e = scaled = None  # their memory is needed no more
     if needs.hidden:
-        grad_rows = grad_x.finish() if grad_rows is None else grad_rows
+        grad_rows = _reduced(grad_x.finish(), plan) if grad_rows is None else grad_rows
         grad_rows = rows.scatter(grad_rows.to(hidden.dtype))
     return grad_rows, grad_weight, grad_bias
 
@@ -370,6 +391,26 @@ class _HiddenGradient:
         return self._sum.mul_(self._coefficients)
 
 
+def _target_logits(x: Tensor, head: Head, labels: Tensor, plan: Plan) -> Tensor:  # [N]
+    backend = select.primitive("target_logits", x, plan.backend)
+    if plan.vocab_parallel is None:
+        return backend.target_logits(x, head, labels)
+    inside = labels.clamp(0, head.vocab_size - 1)
+    return plan.vocab_parallel.from_owner(backend.target_logits(x, head, inside), labels)
+
+
+def _scale_rows(e: Tensor, share: Tensor) -> None:  # [N, K], [N]
+    """E from this process's anchors to the common ones, which differ for far rows alone."""
+    if e.is_cpu and bool((share == 1).all()):
+        return
+    e.mul_(share.unsqueeze(1))
+
+
+def _reduced(grad_rows: Tensor, plan: Plan) -> Tensor:  # [N, D]
+    shared = plan.vocab_parallel
+    return grad_rows if shared is None else shared.hidden_grad(grad_rows)
+
+
 def operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tensor, Head]:
     """The rows that carry loss and the head, in the compute dtype, contiguous."""
     x = rows.gather(hidden)
@@ -408,8 +449,8 @@ def _label_entry(state: RowState, head: Head) -> Tensor:
 
 def _set_label_entries(e: Tensor, labels: Tensor, entry: Tensor) -> None:
     """E[t, y_t] = entry_t, where the label is among E's columns."""
-    column = labels.clamp(max=e.shape[1] - 1).unsqueeze(1)
-    inside = (labels < e.shape[1]).unsqueeze(1)
+    column = labels.clamp(0, e.shape[1] - 1).unsqueeze(1)
+    inside = column.squeeze(1).eq(labels).unsqueeze(1)
     e.scatter_(1, column, torch.where(inside, entry.to(e.dtype).unsqueeze(1), e.gather(1, column)))
 
 
@@ -424,7 +465,13 @@ def _renormalized(state: RowState) -> RowState:
 
 
 def _statistic(
-    name: str, x: Tensor, head: Head, state: RowState, sums: ExpSums, logps: Tensor
+    name: str,
+    x: Tensor,
+    head: Head,
+    state: RowState,
+    sums: ExpSums,
+    logps: Tensor,
+    plan: Plan,
 ) -> Tensor:
     delta = state.anchor - state.target
     if name == "entropy" and sums.entropy is not None:
@@ -440,10 +487,13 @@ def _statistic(
         )
     if name == "mean_logits":
         if sums.logits is not None:  # asked for where there is a softcap
-            return (sums.logits + state.target) / head.vocab_size
+            return (sums.logits + state.target) / plan.vocab_size(head)
         mean = head.weight.mean(0, dtype=logps.dtype)
         u = x.to(logps.dtype) @ mean
-        return head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
+        mean = head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
+        if plan.vocab_parallel is None:
+            return mean
+        return plan.vocab_parallel.total(mean * (head.vocab_size / plan.vocab_size(head)))
     assert name == "is_top1"
     assert sums.top is not None
     return state.target >= sums.top

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastdpo import checks, compiled, linear, objectives, rows, sequences
 from fastdpo.head import Head
 from fastdpo.logits import token_logps as _token_logps_of_logits
+from fastdpo.parallel import SequenceParallel, VocabParallel
 from fastdpo.preference import chosen_nll, mean_logits, segments_of, sequence_objective
 
 __all__ = [
@@ -86,6 +87,7 @@ def linear_logps(
     workspace_bytes: int | None = None,
     backend: str | None = None,
     row_index: Tensor | None = None,  # [N]
+    vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | LinearLogps:
     """Per-token log-probabilities of `labels` under an lm_head, without materializing the logits.
 
@@ -119,6 +121,9 @@ def linear_logps(
             knows them (a collator on the CPU does). Nothing then waits for the GPU; all other
             positions are taken as ignored. Without it, labels on a GPU cost exactly one
             synchronisation, which also checks that they are in range.
+        vocab_parallel: under tensor parallelism, how the lm_head is spread over the processes:
+            `weight` and `bias` are then this process's rows of it, hidden and labels the same on
+            all of them, and so are the results and hidden's gradient. All of them call.
 
     Returns:
         Log-probabilities shaped like labels, in fp32 (fp64 for fp64 inputs), exactly 0 at ignored
@@ -134,8 +139,9 @@ def linear_logps(
         hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
     )
     labels = checks.labels(labels, hidden.shape[:-1], hidden)
-    plan = _plan(hidden, stats, workspace_bytes, backend)
-    carrying = _rows(labels, ignore_index, head, row_index)
+    shared = checks.vocab_parallel(vocab_parallel, head)
+    plan = _plan(hidden, stats, workspace_bytes, backend, shared)
+    carrying = _rows(labels, ignore_index, head, row_index, plan)
     tokens = _token_logps(hidden, head, carrying, plan)
     result = _at_labels(tokens, carrying, labels)
     return result if plan.stats else result.logps
@@ -165,6 +171,8 @@ def linear_dpo_loss(
     cu_seqlens: Tensor | None = None,  # [2B + 1]
     row_index: Tensor | None = None,  # [N]
     stats: Sequence[str] = (),
+    vocab_parallel: VocabParallel | None = None,
+    sequence_parallel: SequenceParallel | None = None,
     **objective_options: object,
 ) -> LinearDPOOutput | LinearDPOStats:
     """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al.,
@@ -178,8 +186,8 @@ def linear_dpo_loss(
     Args:
         hidden: [2B, T, D] the policy's last hidden states; or packed, [N, D] with `cu_seqlens`.
         weight, bias, logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend,
-            row_index: the head and the options of `linear_logps`. Scale, softcap and temperature
-                are the reference head's too.
+            row_index, vocab_parallel: the head and the options of `linear_logps`. Scale, softcap,
+                temperature and the spread over processes are the reference head's too.
         labels: [2B, T] (packed: [N]), aligned with hidden: the label of a position is the token to
             predict there.
         ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss
@@ -201,6 +209,10 @@ def linear_dpo_loss(
             (flash-attention's).
         stats: what `linear_logps` can tell about the tokens on the way, for logging: comes back in
             `tokens`, beside their log-probabilities.
+        sequence_parallel: under sequence or context parallelism, the processes that hold tokens of
+            the same sequences: hidden, labels and what is per token are then this process's part
+            of them. All processes get the same loss, each the gradient of its own tokens (the
+            weights' gradients are to be added up over them, not averaged).
         **objective_options: the options of the objective, among them `f_divergence`, `sft_weight`,
             `ld_alpha`, `use_weighting`; see its entry.
 
@@ -231,16 +243,18 @@ def linear_dpo_loss(
     count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     checks.sequence_count(count, resolved, hidden.device, cu_seqlens)
     per_token_reference = checks.reference_logps(ref_logps, labels, count)
+    sequence_parallel = checks.sequence_parallel(sequence_parallel, resolved)
+    shared = checks.vocab_parallel(vocab_parallel, head)
     wanted = checks.stats(stats)
     if resolved.wpo and "log_sum_sq_probs" not in wanted:
         wanted = (*wanted, "log_sum_sq_probs")
-    plan = _plan(hidden, wanted, workspace_bytes, backend)
-    carrying = _rows(labels, ignore_index, head, row_index)
+    plan = _plan(hidden, wanted, workspace_bytes, backend, shared)
+    carrying = _rows(labels, ignore_index, head, row_index, plan)
 
     tokens = _token_logps(hidden, head, carrying, plan)
     segments = segments_of(labels, ignore_index, cu_seqlens, row_index)
     if ref_head is not None and ref_hidden is not None:
-        ref_plan = _plan(ref_hidden, (), workspace_bytes, backend)
+        ref_plan = _plan(ref_hidden, (), workspace_bytes, backend, shared)
         with torch.no_grad():
             ref_tokens = _token_logps(ref_hidden, ref_head, carrying, ref_plan).logps
     elif per_token_reference and ref_logps is not None:
@@ -249,7 +263,15 @@ def linear_dpo_loss(
         ref_tokens = None
     output = LinearDPOOutput(
         *sequence_objective(
-            tokens, ref_tokens, ref_logps, segments, resolved, average_log_prob, pairs, plan.backend
+            tokens,
+            ref_tokens,
+            ref_logps,
+            segments,
+            resolved,
+            average_log_prob,
+            pairs,
+            plan.backend,
+            sequence_parallel,
         )
     )
     if not stats:
@@ -458,7 +480,7 @@ class FusedLinearDPOLoss(torch.nn.Module):
         ref_head = checks.reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
         checks.sequence_count(labels.shape[0], resolved, _input.device)
         plan = _plan(_input, (), None, None)
-        carrying = _rows(labels, self.ignore_index, head, None)
+        carrying = _rows(labels, self.ignore_index, head, None, plan)
 
         tokens = _token_logps(_input, head, carrying, plan)
         ref_tokens = None
@@ -481,7 +503,8 @@ class FusedLinearDPOLoss(torch.nn.Module):
         )
         loss, nll = output.loss, output.loss.new_zeros(())
         if self.compute_nll_loss:
-            nll = chosen_nll(tokens.logps, segments, "concatenated")
+            sums = sequences.sequence_sums(tokens.logps, segments.rows)
+            nll = chosen_nll(sums, segments, "concatenated")
             loss = loss + self.alpha * nll
         means = [mean_logits(half, head) for half in _input.detach().chunk(2)]
         return loss, (
@@ -495,23 +518,28 @@ class FusedLinearDPOLoss(torch.nn.Module):
 
 
 def _plan(
-    hidden: Tensor, stats: Sequence[str], workspace_bytes: int | None, backend: str | None
+    hidden: Tensor,
+    stats: Sequence[str],
+    workspace_bytes: int | None,
+    backend: str | None,
+    vocab_parallel: VocabParallel | None = None,
 ) -> linear.Plan:
     return linear.Plan(
         checks.stats(stats),
         checks.workspace_bytes(workspace_bytes),
         checks.backend(backend),
         checks.compute_dtype(hidden),
+        vocab_parallel,
     )
 
 
 def _rows(
-    labels: Tensor, ignore_index: int, head: Head, row_index: Tensor | None
+    labels: Tensor, ignore_index: int, head: Head, row_index: Tensor | None, plan: linear.Plan
 ) -> rows.Rows | compiled.DeferredRows:
     """The rows that carry loss, checked; while torch.compile traces, the promise of them."""
     if torch.compiler.is_compiling():
         return compiled.DeferredRows(labels.flatten(), ignore_index, row_index)
-    return checks.label_rows(labels.flatten(), ignore_index, head.vocab_size, row_index)
+    return checks.label_rows(labels.flatten(), ignore_index, plan.vocab_size(head), row_index)
 
 
 def _at_labels(

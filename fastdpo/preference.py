@@ -5,12 +5,15 @@ Between `fastdpo.linear`, which knows rows, and `fastdpo.objectives`, which know
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from fastdpo import linear, objectives, rows, sequences
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
+from fastdpo.parallel import SequenceParallel
 
 
 def segments_of(
@@ -44,9 +47,18 @@ def sequence_objective(
     average: bool,
     pairs: str,
     backend: str | None,
+    sequence_parallel: SequenceParallel | None = None,
 ) -> objectives.ObjectiveOutput:
     """Per-token log-probabilities of the rows that carry loss to the loss."""
     logps = tokens.logps
+    if sequence_parallel is not None:
+        lengths = sequence_parallel.total(segments.lengths)
+        segments = dataclasses.replace(segments, lengths=lengths)
+
+    def sums_of(values: Tensor) -> Tensor:  # [N] -> [S]
+        sums = sequences.sequence_sums(values, segments.rows)
+        return sums if sequence_parallel is None else sequence_parallel.total(sums)
+
     if resolved.ld_alpha is not None:
         sequence, position = segments.positions(logps.shape[0])
         shared = objectives.ld_token_weights(
@@ -55,11 +67,11 @@ def sequence_objective(
         logps = logps * shared
         ref_tokens = None if ref_tokens is None else ref_tokens * shared
     if ref_tokens is not None:
-        ref_logps = sequences.sequence_sums(ref_tokens, segments.rows)
+        ref_logps = sums_of(ref_tokens)
         ref_logps = segments.average(ref_logps) if average else ref_logps
     elif ref_logps is not None:
         ref_logps = ref_logps.detach().to(logps.dtype)
-    if resolved.fused_sigmoid and segments.carries is None:
+    if resolved.fused_sigmoid and segments.carries is None and sequence_parallel is None:
         loss, sums, rewards = sequences.sigmoid_loss(
             logps,
             segments.lengths,
@@ -71,7 +83,7 @@ def sequence_objective(
             backend=backend,
         )
         return objectives.ObjectiveOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
-    sums = sequences.sequence_sums(logps, segments.rows)
+    sums = sums_of(logps)
     weights = None
     if resolved.wpo:
         assert tokens.log_sum_sq_probs is not None  # the caller asked for them
@@ -87,7 +99,7 @@ def sequence_objective(
             ref_logps=ref_logps,
             lengths=segments.lengths,
             weights=weights,
-            nll=chosen_nll(tokens.logps, segments, pairs) if resolved.needs_nll else None,
+            nll=chosen_nll(sums_of(tokens.logps), segments, pairs) if resolved.needs_nll else None,
             pairs=pairs,
             averaged=average,
         )
@@ -102,12 +114,12 @@ def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B],
 
 
 def chosen_nll(
-    logps: Tensor,  # [N]
+    sums: Tensor,  # [2B]
     segments: sequences.Segments,
     pairs: str,
 ) -> Tensor:  # []
     """The mean negative log-likelihood of the chosen answers' tokens; 0 where there are none."""
-    chosen, _ = _split(sequences.sequence_sums(logps, segments.rows), pairs)
+    chosen, _ = _split(sums, pairs)
     tokens, _ = _split(segments.lengths, pairs)
     return -chosen.sum() / tokens.sum().clamp(min=1)
 

@@ -207,6 +207,6 @@ def test_opcheck():
         w, b = (weight, bias) if trained[1] else (weight.detach(), None)
         torch.library.opcheck(
             torch.ops.fastdpo.token_logps,
-            (flat, w, b, *head, stats, None, None, None, *trained),
+            (flat, w, b, *head, stats, None, None, None, None, *trained),
             test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
         )

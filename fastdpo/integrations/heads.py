@@ -175,7 +175,8 @@ def _check_weight(weight: Tensor) -> None:
     if hasattr(weight, "device_mesh"):
         raise UnsupportedModel(
             "model: the lm_head's weight is a DTensor (fully_shard or tensor parallelism): "
-            "unshard it, or pass hidden states and the full weight to fastdpo.loss"
+            "unshard it, or pass hidden states and the weight to fastdpo.loss (with "
+            "vocab_parallel, this process's rows of it)"
         )
     if weight.ndim != 2 or weight.numel() == 0:
         raise UnsupportedModel(

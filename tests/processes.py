@@ -1,0 +1,56 @@
+"""Processes that talk to each other, for the tests of what they share: started once, given one
+function after the other.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+
+class Processes:
+    """`run` has every process call the same function and returns what each of them returned."""
+
+    def __init__(self, size: int, store: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, arguments, options))
+        answers = [pipe.recv() for pipe in self._pipes]
+        for failed, answer in answers:
+            if failed:
+                raise AssertionError(answer)
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(20)
+            process.kill()
+
+
+def _serve(rank: int, size: int, store: str, pipe) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    while (work := pipe.recv()) is not None:
+        function, arguments, options = work
+        torch.manual_seed(0)
+        try:
+            pipe.send((False, function(*arguments, **options)))
+        except BaseException:
+            pipe.send((True, f"process {rank}:\n{traceback.format_exc()}"))
+    dist.destroy_process_group()
