@@ -40,7 +40,7 @@ _VOCABULARIES: dict[str, VocabParallel] = {}
 class VocabParallel:
     """How the rows of an lm_head are spread over the processes of a group, in their order.
 
-    Make it with `VocabParallel.over`, once, and pass it as `vocab_parallel`.
+    Make it with `VocabParallel.over` (or `of`), once, and pass it as `vocab_parallel`.
     """
 
     sizes: tuple[int, ...]  # V_r of every process
@@ -82,6 +82,26 @@ class VocabParallel:
         group = _known(group)
         own = torch.tensor([weight.shape[0]], device=weight.device)
         sizes = tuple(int(size) for size in _gathered(own, group))
+        return cls.of(sizes, group, reduce_hidden_grad=reduce_hidden_grad)
+
+    @classmethod
+    def of(
+        cls,
+        sizes: Sequence[int],
+        group: dist.ProcessGroup | None = None,
+        *,
+        reduce_hidden_grad: bool = True,
+    ) -> VocabParallel:
+        """`over`, where each process's number of rows is known: nothing is communicated.
+
+        Raises:
+            ValueError: where `sizes` is not one positive number for each process of the group, or
+                torch.distributed has not been initialised.
+        """
+        group, sizes = _known(group), tuple(sizes)
+        if len(sizes) != dist.get_world_size(group) or min(sizes) < 1:
+            count = dist.get_world_size(group)
+            raise ValueError(f"sizes should be {count} positive numbers of rows, got {sizes}")
         return cls(sizes, dist.get_rank(group), group.group_name, reduce_hidden_grad)
 
     @property

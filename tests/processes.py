@@ -4,6 +4,7 @@ function after the other.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,8 @@ class Processes:
 
 def _serve(rank: int, size: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
+    # As torchrun does: transformers looks there.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while (work := pipe.recv()) is not None:
         function, arguments, options = work

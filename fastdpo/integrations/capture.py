@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from fastdpo.head import Head
 from fastdpo.integrations import probe
 from fastdpo.integrations.families import head_rule
-from fastdpo.integrations.heads import bind_head
+from fastdpo.integrations.heads import bind_head, vocab_parallel
 from fastdpo.integrations.unwrap import (
     UnsupportedModel,
     causal_lm,
     output_head,
     peft_model,
 )
+from fastdpo.parallel import VocabParallel
 
 
 class Captured(NamedTuple):
@@ -36,16 +37,23 @@ class Captured(NamedTuple):
     head: Head
     autocast_dtype: torch.dtype | None  # the autocast that was in force at the head, None for none
     aux_loss: Tensor | None  # [] the balancing loss of a mixture of experts, if asked for
+    vocab_parallel: VocabParallel | None  # where head is this process's rows
+
+    @property
+    def vocab_size(self) -> int:
+        spread = self.vocab_parallel
+        return self.head.vocab_size if spread is None else spread.vocab_size
 
 
 class HeadTap(nn.Module):
     """Stands in for an output head: keeps the input, gives the real head no rows (or the
     probe's)."""
 
-    def __init__(self, head: nn.Module, probing: bool):
+    def __init__(self, head: nn.Module, probing: bool, spread: VocabParallel | None):
         super().__init__()
         self.head = head
         self.probing = probing
+        self.spread = spread
         self.hidden: Tensor | None = None
         self.rows: Tensor | None = None
         self.autocast_dtype: torch.dtype | None = None
@@ -67,12 +75,16 @@ class HeadTap(nn.Module):
         if self.probing:
             self.rows = probe.probe_rows(hidden)
             return self.head(self.rows)
+        if self.spread is not None:  # a DTensor of no rows cannot be multiplied
+            return hidden.new_empty(*hidden.shape[:-2], 0, self.spread.vocab_size)
         return self.head(hidden[..., :0, :])
 
 
 @contextmanager
-def _tapped(lm: nn.Module, head: nn.Module, probing: bool) -> Iterator[HeadTap]:
-    tap = HeadTap(head, probing)
+def _tapped(
+    lm: nn.Module, head: nn.Module, probing: bool, spread: VocabParallel | None
+) -> Iterator[HeadTap]:
+    tap = HeadTap(head, probing, spread)
     modes = [(module, module.training) for module in head.modules()]
     if probing:
         head.eval()  # LoRA's dropout would answer for its own noise
@@ -112,22 +124,24 @@ def capture(
     """
     lm = causal_lm(model)
     head_module = output_head(lm)
-    rule = head_rule(lm)
+    rule, spread = head_rule(lm), vocab_parallel(lm)
     probing = input_ids.numel() > 0 and not probe.is_verified(head_module, lm, rule)
     if attention_mask is not None:
         model_kwargs["attention_mask"] = attention_mask
     if "use_cache" in inspect.signature(lm.forward).parameters:
         model_kwargs.setdefault("use_cache", False)  # keys and values of all layers, for nobody
 
-    with _tapped(lm, head_module, probing) as tap:
+    with _tapped(lm, head_module, probing, spread) as tap:
         outputs = (forward or model)(input_ids=input_ids, **model_kwargs)
     hidden = _captured_hidden(tap, model, lm, input_ids)
     if probing and tap.rows is not None:
         logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
         sixteen_bit = tap.autocast_dtype is not None or hidden.element_size() == 2
+        if spread is not None:  # every process has all logits, and answers for its own
+            logits = logits[..., spread.start :][..., : spread.sizes[spread.rank]]
         probe.verify(head_module, lm, rule, tap.rows, logits, sixteen_bit)
     hidden, head = bind_head(lm, hidden)
-    return Captured(hidden, head, tap.autocast_dtype, getattr(outputs, "aux_loss", None))
+    return Captured(hidden, head, tap.autocast_dtype, getattr(outputs, "aux_loss", None), spread)
 
 
 def _captured_hidden(tap: HeadTap, model: nn.Module, lm: nn.Module, input_ids: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from fastdpo.head import Head
 from fastdpo.integrations.families import head_rule
+from fastdpo.integrations.tensor_parallel import local_rows, spread_of
 from fastdpo.integrations.unwrap import UnsupportedModel, causal_lm, output_head, uncompiled
+from fastdpo.parallel import VocabParallel
 
 
 def read_head(model: nn.Module) -> Head:
@@ -28,7 +30,8 @@ def read_head(model: nn.Module) -> Head:
 
     It maps the input of the model's lm_head to the model's own logits. For almost every family that
     input is the backbone's last hidden state; see `hidden_scale` for the one that scales it on the
-    way. LoRA adapters on the head are added to its weight (`bind_head` keeps them apart).
+    way. LoRA adapters on the head are added to its weight (`bind_head` keeps them apart). Of a
+    head under tensor parallelism these are this process's rows (`vocab_parallel`).
 
     Args:
         model: a causal language model of transformers, bare or inside DistributedDataParallel,
@@ -81,16 +84,38 @@ def bind_head(
     return hidden, _cut(lm, head)
 
 
+def vocab_parallel(model: nn.Module) -> VocabParallel | None:
+    """How transformers' tensor parallelism spreads the head over processes, as `fastdpo.loss` takes
+    it; None where it does not.
+
+    Raises:
+        UnsupportedModel: the head is sharded in another way, or changed by what needs all of it.
+    """
+    lm = causal_lm(model)
+    module = _resolve(output_head(lm))
+    spread = spread_of(lm, _base(module).weight)
+    if spread is not None and (_is_lora(module) or head_rule(lm).vocab_size is not None):
+        what = "LoRA on the head" if _is_lora(module) else "a padded vocabulary that is cut off"
+        raise UnsupportedModel(f"model: {what} is not supported under tensor parallelism")
+    return spread
+
+
 def hidden_scale(model: nn.Module) -> float:
     """What the last hidden state is multiplied by before the head: 1, but for MiniCPM3."""
     return head_rule(causal_lm(model)).hidden_scale
 
 
 def _described(lm: nn.Module, module: Any) -> Head:
-    base = module.base_layer if _is_lora(module) else module
-    _check_weight(base.weight)
+    base = _base(module)
+    spread_of(lm, base.weight)  # refuses what is sharded in another way
+    weight = local_rows(base.weight)
+    _check_weight(weight)
     rule = head_rule(lm)
-    return Head(base.weight, base.bias, scale=rule.scale, softcap=rule.softcap)
+    return Head(weight, local_rows(base.bias), scale=rule.scale, softcap=rule.softcap)
+
+
+def _base(module: Any) -> Any:
+    return module.base_layer if _is_lora(module) else module
 
 
 def _cut(lm: nn.Module, head: Head) -> Head:
@@ -172,12 +197,6 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 def _check_weight(weight: Tensor) -> None:
-    if hasattr(weight, "device_mesh"):
-        raise UnsupportedModel(
-            "model: the lm_head's weight is a DTensor (fully_shard or tensor parallelism): "
-            "unshard it, or pass hidden states and the weight to fastdpo.loss (with "
-            "vocab_parallel, this process's rows of it)"
-        )
     if weight.ndim != 2 or weight.numel() == 0:
         raise UnsupportedModel(
             f"model: the lm_head's weight has shape {tuple(weight.shape)} instead of [V, D]: "

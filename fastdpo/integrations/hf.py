@@ -5,6 +5,7 @@ their logits.
     dpo_loss          a model, its reference and a batch of pairs to the loss
     with_row_index    a batch to one whose loss waits for nothing on a GPU, for collators
     read_head         the model's lm_head, as `fastdpo.loss` takes it
+    vocab_parallel    how tensor parallelism spreads it over processes
 
 The backbone runs as the model wrote it, through every wrapper around it, up to the input of its
 lm_head (`fastdpo.integrations.capture`); from there on it is `fastdpo.loss`. What the model's
@@ -34,7 +35,7 @@ from fastdpo.integrations.batches import (
 )
 from fastdpo.integrations.capture import Captured, capture
 from fastdpo.integrations.families import FAMILIES, HeadRule
-from fastdpo.integrations.heads import hidden_scale, read_head
+from fastdpo.integrations.heads import hidden_scale, read_head, vocab_parallel
 from fastdpo.integrations.unwrap import UnsupportedModel, peft_model
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "hidden_scale",
     "read_head",
     "sequence_logps",
+    "vocab_parallel",
     "with_row_index",
 ]
 
@@ -288,7 +290,7 @@ def _rows(captured: Captured, parts: PreferenceBatch) -> tuple[Tensor, Tensor | 
         return labels, parts.row_index.to(labels.device)
     if torch.compiler.is_compiling():
         return labels, None
-    return labels, find_rows(labels, captured.head.weight.shape[0])
+    return labels, find_rows(labels, captured.vocab_size)
 
 
 def find_rows(
@@ -317,6 +319,7 @@ def _head_options(captured: Captured, temperature: float) -> dict[str, Any]:
         "logit_scale": head.scale,
         "softcap": head.softcap,
         "temperature": temperature,
+        "vocab_parallel": captured.vocab_parallel,
     }
 
 

@@ -122,7 +122,7 @@ def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options
         labels: Tensor = kwargs.pop("labels")  # [S, T]
         captured = capture(self, *args, forward=previous, **kwargs)
         shifted = shift_labels(labels).to(captured.hidden.device)
-        index = rows.index(labels, shifted, captured.head.weight.shape[0])
+        index = rows.index(labels, shifted, captured.vocab_size)
         tokens = captured_logps(captured, shifted, row_index=index, stats=stats, **options)
         if isinstance(tokens, Tensor):
             tokens = LinearLogps(tokens)

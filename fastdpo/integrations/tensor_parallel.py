@@ -1,0 +1,58 @@
+"""A head that tensor parallelism has spread over processes (`from_pretrained(tp_plan="auto")`).
+
+Its weight is then a DTensor, sharded by rows over the tensor-parallel mesh, and its input is the
+same on every process: what `fastdpo.parallel.VocabParallel` describes. Every other DTensor is
+refused (fully_shard's rows belong to processes with data of their own).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdpo.integrations.unwrap import UnsupportedModel
+from fastdpo.parallel import VocabParallel
+
+
+def local_rows(parameter: Any) -> Any:  # [V, ...] -> [V_r, ...], differentiable
+    """This process's rows; the parameter itself where it is not spread."""
+    return parameter.to_local() if hasattr(parameter, "device_mesh") else parameter
+
+
+def spread_of(
+    lm: nn.Module,  # a model of transformers
+    weight: Tensor,  # [V, D]
+) -> VocabParallel | None:
+    """How the head is spread; None where it is not.
+
+    Raises:
+        UnsupportedModel: it is spread in another way.
+    """
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return None
+    placements = tuple(weight.placements)  # type: ignore[attr-defined]
+    by_rows = len(placements) == 1 and placements[0].is_shard(0)
+    names = mesh.mesh_dim_names in (None, ("tp",))
+    if not (by_rows and names and _tensor_parallel(lm, mesh.size())):
+        raise UnsupportedModel(
+            f"model: the lm_head's weight is a DTensor, placed {placements} on {mesh}, and not by "
+            "transformers' tensor parallelism: unshard it (fully_shard), or pass hidden states and "
+            "the weight to fastdpo.loss"
+        )
+    chunks = torch.arange(weight.shape[0]).chunk(mesh.size())  # as DTensor does
+    sizes = tuple(len(chunk) for chunk in chunks)
+    if len(sizes) < mesh.size():
+        raise UnsupportedModel(
+            f"model: its {weight.shape[0]} vocabulary entries leave some of {mesh.size()} "
+            "tensor-parallel processes without any"
+        )
+    return VocabParallel.of(sizes, mesh.get_group())
+
+
+def _tensor_parallel(lm: nn.Module, size: int) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return getattr(lm, "tp_size", None) == size and not isinstance(lm, FSDPModule)
