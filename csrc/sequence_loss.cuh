@@ -66,6 +66,13 @@ __device__ __forceinline__ double sigmoid(double x) {
   return (x < 0.0 ? e : 1.0) / (1.0 + e);
 }
 
+// A sequence's log-probability, rounded where the reference's is, to the sum and to the quotient:
+// equal policy and reference then differ by exactly nothing. (fp64 rounds the quotient of two fp32
+// numbers to what fp32 would.)
+__device__ __forceinline__ float rounded_quotient(double sum, double count) {
+  return static_cast<float>(static_cast<double>(static_cast<float>(sum)) / count);
+}
+
 struct Coefficients {
   float chosen;
   float rejected;
@@ -77,10 +84,8 @@ __device__ __forceinline__ Coefficients finish_pair(const SequenceLossParams& p,
                                                     SequenceSum own, SequenceSum other) {
   const double own_count = p.average && own.count > 1.0 ? own.count : 1.0;
   const double other_count = p.average && other.count > 1.0 ? other.count : 1.0;
-  // Rounded to what is returned before it is used: equal policy and reference then differ by
-  // exactly nothing.
-  const float own_logps = static_cast<float>(own.logps / own_count);
-  const float other_logps = static_cast<float>(other.logps / other_count);
+  const float own_logps = rounded_quotient(own.logps, own_count);
+  const float other_logps = rounded_quotient(other.logps, other_count);
   const double own_reward = p.beta * (static_cast<double>(own_logps) - p.ref_logps[chosen]);
   const double other_reward = p.beta * (static_cast<double>(other_logps) - p.ref_logps[rejected]);
   const double margin = own_reward - other_reward;

@@ -48,21 +48,13 @@ class _LogitsLogps(torch.autograd.Function):
     def backward(ctx, grad_logps: Tensor):
         logits, labels, lse = ctx.saved_tensors
         in_place = logits.is_contiguous() and _unshared(_holders(logits))
-        out = (
-            logits
-            if in_place
-            else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        )
+        rows = _rows(logits)
+        # `rows` itself and no second view of it: a backend tells by that.
+        out = rows if in_place else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         module = select.primitive("logits_logps_backward", logits, ctx.backend)
-        module.logits_logps_backward(
-            grad_logps.to(lse.dtype).flatten(),
-            _rows(logits),
-            labels.flatten(),
-            lse,
-            ctx.head,
-            _rows(out),
-        )
-        return out, None, None, None
+        grad = grad_logps.to(lse.dtype).flatten()
+        module.logits_logps_backward(grad, rows, labels.flatten(), lse, ctx.head, out)
+        return logits if in_place else out.view(logits.shape), None, None, None
 
 
 def _rows(logits: Tensor) -> Tensor:  # [..., V] -> [M, V]

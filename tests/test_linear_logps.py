@@ -51,11 +51,13 @@ def check(
             for t, flag in zip((hidden, weight, bias), trained, strict=True)
         ]
         logps = function(tensors[0], tensors[1], labels, bias=tensors[2], **head, **kwargs)
-        g = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64, device=logps.device)
-        g = g.view(logps.shape)
-        if upstream is not None:
-            g = upstream.double()
-        return logps.detach(), grads_of(logps, g.to(logps.dtype).expand(logps.shape), tensors)
+        g = upstream
+        if g is None:
+            g = torch.linspace(-1, 2, logps.numel(), dtype=torch.float64, device=logps.device)
+            g = g.view(logps.shape)
+        if g.dtype != logps.dtype:  # where it is the same, its strides stay
+            g = g.to(logps.dtype)
+        return logps.detach(), grads_of(logps, g.expand(logps.shape), tensors)
 
     ours, our_grads = run(None, linear_logps, **options)
     base, base_grads = run(None, eager_logps)
@@ -114,6 +116,7 @@ def test_upstream_gradients(kind):
         "expanded": torch.tensor(0.5).expand(24),
         "strided": torch.randn(48)[::2],
     }[kind]
+    assert upstream.is_contiguous() == (kind == "zero")
     _, (grad_hidden, grad_weight, _) = check(hidden, weight, None, labels, upstream=upstream)
     if kind == "zero":
         assert (grad_hidden == 0).all()

@@ -57,6 +57,15 @@ def test_never_unasked(clock, monkeypatch):
     assert clock == []
 
 
+def test_not_for_rows_that_take_the_plain_tile(clock, monkeypatch):
+    monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")
+    odd = Head(torch.zeros(48, 18, dtype=torch.bfloat16))
+    autotune.tile_of(torch.zeros(500, 18, dtype=torch.bfloat16), odd, HOPPER)
+    assert clock == []
+    autotune.tile_of(*inputs(500), HOPPER)
+    assert clock
+
+
 @pytest.mark.parametrize("first", [8, 500])
 def test_the_fastest_serves_every_number_of_rows(clock, monkeypatch, capfd, first):
     monkeypatch.setenv("FASTDPO_AUTOTUNE", "1")

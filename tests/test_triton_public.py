@@ -150,17 +150,56 @@ def test_the_loss(dtype, frozen):
         assert_as_accurate(a, b, c, 3, f"grad {name}", slack=2.0)
 
 
+@pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_policy_and_reference_give_ln_2_to_the_bit(dtype):
+def test_equal_policy_and_reference_give_ln_2_to_the_bit(dtype, average):
     hidden, weight, labels, _ = pairs(dtype)
     hidden.requires_grad_()
     for trained in (False, True):
         out = linear_dpo_loss(
             hidden, weight.requires_grad_(trained), labels, ref_hidden=hidden.detach(),
-            ref_weight=weight.detach(), backend="triton",
+            ref_weight=weight.detach(), backend="triton", average_log_prob=average,
         )  # fmt: skip
         assert out.loss.item() == torch.tensor(2.0).log().item()
         assert (out.chosen_rewards == 0).all()
+
+
+def strided(t):
+    """The same values, every second of a longer vector."""
+    return t.repeat_interleave(2)[::2]
+
+
+def expanded(t):
+    """One value, read everywhere."""
+    return t[:1].expand(t.shape)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("lie", [strided, expanded])
+def test_vectors_of_any_stride(lie, backend):
+    """Labels, bias, the reference's log-probabilities and upstream gradients."""
+    tensors = make(20, 301, 48, torch.float32, bias=True, ignored=0.0)
+    hidden, weight, bias, labels = (t.to(DEVICE) for t in tensors)
+    upstream = lie(torch.linspace(-1, 2, 20, device=DEVICE))
+    for workspace in (0, None):
+        check(
+            hidden, weight, lie(bias), lie(labels), ALL, upstream, head={"softcap": 5.0},
+            backend=backend, workspace_bytes=workspace,
+        )  # fmt: skip
+
+    hidden, weight, labels, _ = pairs(torch.float32)
+    packed, ends = hidden.flatten(0, 1), torch.arange(0, 37, 9, device=DEVICE)
+    ref_logps = torch.linspace(-50, -60, 4, device=DEVICE)
+    losses = [
+        linear_dpo_loss(
+            packed, weight, of(labels.flatten().clamp(min=0)), cu_seqlens=of_ends(ends),
+            ref_logps=of(ref_logps), backend=backend, average_log_prob=average,
+        ).loss
+        for average in (False, True)
+        for of, of_ends in ((lie, strided), (lambda t: lie(t).contiguous(), torch.clone))
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -190,6 +229,21 @@ def test_materialized_logits(dtype, average, monkeypatch):
     assert_as_accurate(ours, base, oracle, 2, "logps")
     assert_as_accurate(grad, base_grad, oracle_grad, 3, "gradient")
     assert (grad[:, -1] == 0).all()
+
+
+def test_the_gradient_over_the_logits_is_an_operator_of_its_own(monkeypatch):
+    """One that writes to an argument may not be given it as another argument, too."""
+    from fastdpo.backends.triton import ops
+
+    monkeypatch.setenv(select.ENVIRONMENT_VARIABLE, "triton")
+    monkeypatch.delattr(ops, "logits_logps_backward")
+    leaf = torch.randn(4, 9, 301, device=DEVICE, requires_grad=True)
+    labels = torch.randint(0, 301, (4, 9), device=DEVICE)
+    get_batch_logps(leaf * 1.0, labels).sum().backward()
+    found, leaf.grad = leaf.grad, None
+    monkeypatch.setenv(select.ENVIRONMENT_VARIABLE, "torch")
+    get_batch_logps(leaf * 1.0, labels).sum().backward()
+    torch.testing.assert_close(found, leaf.grad)
 
 
 def test_fp64_is_refused_with_the_reason():

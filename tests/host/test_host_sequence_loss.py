@@ -30,13 +30,19 @@ def test_any_beta(cuda, beta):
     cases.check_sequence_loss(cuda, *cases.sequences([4, 9, 2, 5]), beta=beta)
 
 
-def test_equal_policy_and_reference_are_ln_2_to_the_bit(cuda):
-    logps, offsets, _ = cases.sequences([31, 400, 7, 77, 0, 12])
-    ref = cases.reference.sequence_sums(logps, offsets.diff())
-    loss, sums, rewards, _ = cuda.sequence_loss(logps, offsets, ref, 0.1, 0.0, False, PAIRS[0])
-    assert torch.equal(sums, ref)
-    assert torch.equal(rewards, torch.zeros(6))
-    assert loss.item() == torch.tensor(math.log(2.0)).item()
+@pytest.mark.parametrize("average", [False, True])
+def test_equal_policy_and_reference_are_ln_2_to_the_bit(cuda, average):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        logps, offsets, _ = cases.sequences([31, 400, 7, 77, 0, 12])
+        ref = cases.reference.sequence_sums(logps, offsets.diff())
+        if average:
+            ref = ref / offsets.diff().clamp(min=1)
+        options = (0.1, 0.0, average, PAIRS[0])
+        loss, sums, rewards, _ = cuda.sequence_loss(logps, offsets, ref, *options)
+        assert torch.equal(sums, ref)
+        assert torch.equal(rewards, torch.zeros(6))
+        assert loss.item() == torch.tensor(math.log(2.0)).item()
 
 
 def test_margins_beyond_the_range_of_exp(cuda):

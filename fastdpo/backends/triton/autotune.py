@@ -22,8 +22,8 @@ from torch import Tensor
 from triton.runtime.errors import PTXASError
 
 from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick
-from fastdpo.backends.triton.exp_logits import kind_of, plan, tile_for
-from fastdpo.backends.triton.launch import Launch, Target
+from fastdpo.backends.triton.exp_logits import kind_of, plan, regular, tile_for
+from fastdpo.backends.triton.launch import Launch, Target, on_device
 from fastdpo.head import Head
 from fastdpo.workspace import padded_empty
 
@@ -57,11 +57,14 @@ def tile_of(
     target: Target,
 ) -> Tile:
     """The tile for this call."""
-    if os.environ.get(ENVIRONMENT_VARIABLE) != "1" or target.arch == "interpreter":
+    tuning = os.environ.get(ENVIRONMENT_VARIABLE) == "1" and target.arch != "interpreter"
+    # Rows at any address take the plain tile, whatever is fastest for others.
+    if not tuning or not regular(hidden, head.weight, None):
         return tile_for(target, hidden, head)
-    key = (target.arch, kind_of(hidden), head.softcap is not None)
+    key = (target.arch, kind_of(hidden, target.arch), head.softcap is not None)
     if key not in _tuned:
-        _tuned[key] = _fastest(pick(*key), hidden, head, target, key)
+        with on_device(hidden.device):
+            _tuned[key] = _fastest(pick(*key), hidden, head, target, key)
     tile = _tuned[key]
     return tile.few_rows() if hidden.shape[0] <= FEW_ROWS < tile.rows else tile
 

@@ -139,6 +139,10 @@ def supported_arch(arch: str) -> str | None:
     return "gfx942" if arch.startswith("gfx95") else None
 
 
+def has_tf32(arch: str) -> bool:
+    return "tf32" in _table(arch)
+
+
 def pick(arch: str, kind: str, softcap: bool) -> Tile:
     """The tile for many rows; `Tile.few_rows` is the one for few."""
     table = _table(arch)

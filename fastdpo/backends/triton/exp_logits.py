@@ -8,13 +8,16 @@
     6. their sums
 
 The last four end at once where nothing is flagged, and are left out where the anchors are fixed.
-Nothing here reads a device value on the host. Scratch: 4·P·⌈V / 128⌉·N bytes, P = 1 + the
-statistics asked for (8 MB for a block of 2,048 rows of 128,256 logits).
+Nothing here reads a device value on the host. Scratch: 4·P·T·N bytes, P = 1 + the statistics asked
+for, T = ⌈V / columns⌉ of the main tile or of the plain one, whichever has fewer columns (128 for
+16-bit inputs: 8 MB for a block of 2,048 rows of 128,256 logits; 32 for fp32).
 
 `hidden` is taken as it comes, contiguous rows: the rows that carry loss were compacted by the
 caller. That copy moves 4·N·D bytes once, 134 MB or 31 µs for 8,192 × 4,096 on an H200 against 11 ms
 for the product (0.3 %), whereas a gather in the kernel would give up the descriptors that feed it,
-since a two-dimensional one cannot skip rows.
+since a two-dimensional one cannot skip rows (Blackwell's gathering ones take four rows at a time).
+Where pointers feed the kernel a gather would cost nothing, but the copy is needed all the same: the
+backward's products are the vendor's, and read it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick, pick_plain, supported_arch
+from fastdpo.backends.triton.configs import (
+    FEW_ROWS,
+    Tile,
+    has_tf32,
+    pick,
+    pick_plain,
+    supported_arch,
+)
 from fastdpo.backends.triton.exp_logits_pointers import exp_logits_pointers
 from fastdpo.backends.triton.exp_logits_raised import exp_logits_raised
 from fastdpo.backends.triton.exp_logits_tma import exp_logits_tma
@@ -55,17 +65,21 @@ def curve(head: Head) -> tuple[float, float | None]:
     return head.scale / head.softcap, head.softcap / head.temperature
 
 
-def precision() -> str:
-    """How fp32 products are multiplied: as PyTorch's own settings say."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def kind_of(hidden: Tensor, arch: str) -> str:
+    """How the product is taken: of 16-bit inputs, or of fp32 inputs as PyTorch's own settings say,
+    where the architecture has TF32.
+    """
+    if hidden.element_size() == 2:
+        return "half"
+    return "tf32" if _wants_tf32() and has_tf32(arch) else "ieee"
 
 
-def kind_of(hidden: Tensor) -> str:
-    return "half" if hidden.element_size() == 2 else precision()
+def _wants_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def tile_for(target: Target, hidden: Tensor, head: Head) -> Tile:
-    tile = pick(target.arch, kind_of(hidden), head.softcap is not None)
+    tile = pick(target.arch, kind_of(hidden, target.arch), head.softcap is not None)
     return tile.few_rows() if hidden.shape[0] <= FEW_ROWS < tile.rows else tile
 
 
@@ -100,7 +114,7 @@ def plan(
     rows, vocabulary = hidden.shape[0], head.vocab_size
     asked = [name for name in STATS if name in stats]
     quantities = 1 + len(asked)
-    kind = kind_of(hidden)
+    kind = kind_of(hidden, target.arch)
     plain = pick_plain(target.arch, kind)
     if not regular(hidden, head.weight, out):
         tile = plain
@@ -120,7 +134,7 @@ def plan(
         "hidden_stride": hidden.stride(0),
         "weight_stride": head.weight.stride(0), "weight_depth_stride": head.weight.stride(1),
         "out_stride": 0 if out is None else out.stride(0), "K": 0 if out is None else out.shape[1],
-        "PRECISION": precision(),
+        "PRECISION": "tf32" if kind == "tf32" else "ieee",
     }  # fmt: skip
 
     programs = -(-rows // tile.rows) * column_tiles

@@ -41,10 +41,14 @@ def interpreted() -> bool:
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
     """On the device's current stream."""
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    with on_device(device):
         for launch in launches:
             launch.kernel[launch.grid](**launch.arguments, **launch.options)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Launches go to the device that is current."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def target_of(like: Tensor) -> Target:

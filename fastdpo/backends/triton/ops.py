@@ -29,8 +29,8 @@ def target_logits(
 ) -> Tensor:  # [N] fp32
     logits = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if logits.numel():
-        head = Head(weight, bias, scale, softcap, temperature)
-        run([row_launches.target_logits(hidden, head, labels, logits)], hidden.device)
+        head = Head(weight, _dense(bias), scale, softcap, temperature)
+        run([row_launches.target_logits(hidden, head, labels.contiguous(), logits)], hidden.device)
     return logits
 
 
@@ -71,7 +71,8 @@ def exp_logits(
             label_entry,
             stats,
         )
-    head = Head(weight, bias, scale, softcap, temperature)
+    head = Head(weight, _dense(bias), scale, softcap, temperature)
+    labels, anchor = labels.contiguous(), anchor.contiguous()
     launches = []
     label_logits = None
     if "mean_logits" in asked:
@@ -86,7 +87,7 @@ def exp_logits(
         anchor,
         fixed_anchor,
         out,
-        label_entry,
+        _dense(label_entry),
         asked,
         label_logits,
         target,
@@ -128,7 +129,8 @@ def logits_logps(
     lse = torch.empty_like(logps)
     if logps.numel():
         head = Head(logits, None, scale, softcap, temperature)  # the weight is not read
-        run([row_launches.logits_logps(logits, labels, head, logps, lse)], logits.device)
+        launch = row_launches.logits_logps(logits, labels.contiguous(), head, logps, lse)
+        run([launch], logits.device)
     return logps, lse
 
 
@@ -192,7 +194,13 @@ def _backward(
         return
     head = Head(logits, None, scale, softcap, temperature)
     grad = grad_logps.to(torch.float32).contiguous()  # N numbers, perhaps expanded from one
+    labels, lse = labels.contiguous(), lse.contiguous()
     run([row_launches.logits_logps_backward(grad, logits, labels, lse, head, out)], out.device)
+
+
+def _dense(values: Tensor | None) -> Tensor | None:  # [K]
+    """The kernels know no strides of vectors."""
+    return None if values is None else values.contiguous()
 
 
 @torch.library.custom_op("fastdpo_triton::sequence_loss", mutates_args=())
@@ -205,15 +213,15 @@ def sequence_loss(
     average: bool,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [2B], [2B], [2B]
-    sums = torch.empty_like(ref_logps, dtype=logps.dtype)
+    sums = logps.new_empty(ref_logps.shape)
     rewards, coefficients = torch.empty_like(sums), torch.empty_like(sums)
     if sums.numel() == 0:
         return logps.new_zeros(()), sums, rewards, coefficients
     loss = logps.new_empty(())
     launch = row_launches.sequence_loss(
-        logps,
-        offsets,
-        ref_logps,
+        logps.contiguous(),
+        offsets.contiguous(),
+        ref_logps.contiguous(),
         beta,
         label_smoothing,
         average,
@@ -229,5 +237,5 @@ def sequence_loss(
 
 @sequence_loss.register_fake
 def _(logps, offsets, ref_logps, beta, label_smoothing, average, interleaved):
-    sums = torch.empty_like(ref_logps, dtype=logps.dtype)
+    sums = logps.new_empty(ref_logps.shape)
     return logps.new_empty(()), sums, torch.empty_like(sums), torch.empty_like(sums)

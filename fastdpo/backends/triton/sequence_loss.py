@@ -70,15 +70,17 @@ def sequence_loss_kernel(
             chosen, rejected = 2 * pair, 2 * pair + 1
         sum_w, length_w = _sequence_sums(logps_ptr, offsets_ptr, chosen, mask, BLOCK_T)
         sum_l, length_l = _sequence_sums(logps_ptr, offsets_ptr, rejected, mask, BLOCK_T)
-        weight_w = tl.full((BLOCK_B,), 1.0, tl.float64)
-        weight_l = weight_w
-        if AVERAGE:
-            weight_w /= tl.maximum(length_w, 1).to(tl.float64)
-            weight_l /= tl.maximum(length_l, 1).to(tl.float64)
+        count_w = tl.full((BLOCK_B,), 1.0, tl.float64)
+        count_l = count_w
         # Rounded before the reference is subtracted, as the reference was: equal models differ by
         # exactly 0.
-        sum_w = (sum_w * weight_w).to(dtype).to(tl.float64)
-        sum_l = (sum_l * weight_l).to(dtype).to(tl.float64)
+        sum_w, sum_l = sum_w.to(dtype).to(tl.float64), sum_l.to(dtype).to(tl.float64)
+        if AVERAGE:
+            count_w = tl.maximum(length_w, 1).to(tl.float64)
+            count_l = tl.maximum(length_l, 1).to(tl.float64)
+            # And so is the quotient (which fp64 rounds to what fp32 would).
+            sum_w = (sum_w / count_w).to(dtype).to(tl.float64)
+            sum_l = (sum_l / count_l).to(dtype).to(tl.float64)
         reward_w = (sum_w - tl.load(ref_ptr + chosen, mask=mask, other=0.0).to(tl.float64)) * beta
         reward_l = (sum_l - tl.load(ref_ptr + rejected, mask=mask, other=0.0).to(tl.float64)) * beta
         margin = reward_w - reward_l
@@ -89,6 +91,6 @@ def sequence_loss_kernel(
         tl.store(sums_ptr + rejected, sum_l.to(dtype), mask=mask)
         tl.store(rewards_ptr + chosen, reward_w.to(dtype), mask=mask)
         tl.store(rewards_ptr + rejected, reward_l.to(dtype), mask=mask)
-        tl.store(coefficients_ptr + chosen, (slope * weight_w).to(dtype), mask=mask)
-        tl.store(coefficients_ptr + rejected, (-slope * weight_l).to(dtype), mask=mask)
+        tl.store(coefficients_ptr + chosen, (slope / count_w).to(dtype), mask=mask)
+        tl.store(coefficients_ptr + rejected, (-slope / count_l).to(dtype), mask=mask)
     tl.store(loss_ptr, (tl.sum(losses, 0) / count).to(loss_ptr.dtype.element_ty))
