@@ -1,11 +1,11 @@
-"""The schedule as two opaque operators, so that torch.compile(fullgraph=True) traces through a
-loss.
+"""The schedule as opaque operators, so that torch.compile(fullgraph=True) traces through a loss.
 
 Which rows carry loss is known only when the labels are, so a tracer cannot follow the selection of
-rows nor the loops over blocks. Under torch.compile the whole of `fastdpo.linear` is therefore one
-operator forward and one backward, with outputs whose shapes depend on the inputs' shapes alone: the
-rows that carry loss are the first N of M, and E is packed into a flat workspace. Labels are checked
-when the operator runs, and raise the same ValueError then.
+rows nor the loops over blocks. Under torch.compile one operator finds the rows, and the whole of
+`fastdpo.linear` is one forward and one backward, with outputs whose shapes depend on the inputs'
+shapes alone: the rows that carry loss are the first N of M, and E is packed into a flat workspace.
+The first one waits for the number of rows, on behalf of policy, reference and backward; it checks
+the labels as well, and raises the same ValueError when it runs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,29 @@ from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
 from fastdpo.linear import Kept, Needs, Plan, RowState, TokenLogps
 from fastdpo.parallel import vocabulary
+from fastdpo.rows import Rows
 
 _STATE = 3  # tensors in a RowState
 
 
 @dataclass(frozen=True)
 class DeferredRows:
-    """Labels whose rows are selected when the operator runs; until then every row is there."""
+    """Labels whose rows are selected when the operators run; until then every row is there."""
 
     labels: Tensor  # [M]
-    ignore_index: int
-    row_index: Tensor | None  # [N]
+    index: Tensor  # [M] or [N], the positions that carry loss come first
+    count: Tensor  # [] int64 on the CPU: how many these are
+
+    @classmethod
+    def find(
+        cls,
+        labels: Tensor,  # [M]
+        ignore_index: int,
+        vocab_size: int,
+        row_index: Tensor | None,  # [N]
+    ) -> DeferredRows:
+        index, count = torch.ops.fastdpo.rows(labels, ignore_index, vocab_size, row_index)
+        return cls(labels, index, count)
 
     def gather(self, values: Tensor) -> Tensor:  # [M, ...] -> [M, ...]
         return values
@@ -52,8 +64,8 @@ def token_logps(
         head.weight,
         head.bias,
         rows.labels,
-        rows.row_index,
-        rows.ignore_index,
+        rows.index,
+        rows.count,
         head.scale,
         head.softcap,
         head.temperature,
@@ -72,14 +84,43 @@ def token_logps(
     return TokenLogps(logps, **fields)
 
 
+@torch.library.custom_op("fastdpo::rows", mutates_args=())
+def _rows(
+    labels: Tensor, ignore_index: int, vocab_size: int, row_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(index, count) of `DeferredRows`."""
+    found = checks.label_rows(labels, ignore_index, vocab_size, row_index)
+    count = torch.tensor(found.labels.shape[0])
+    if row_index is not None:
+        return row_index.clone(), count
+    index = torch.zeros_like(labels)
+    if found.index is not None:
+        index[: found.index.shape[0]] = found.index
+    return index, count
+
+
+@_rows.register_fake
+def _(labels, ignore_index, vocab_size, row_index):
+    index = torch.empty_like(labels if row_index is None else row_index)
+    return index, torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def _selected(labels: Tensor, index: Tensor, count: Tensor) -> Rows:
+    n, total = int(count), labels.shape[0]
+    if n == total:
+        return Rows(labels, None, total)
+    index = index[:n]
+    return Rows(labels.index_select(0, index), index, total)
+
+
 @torch.library.custom_op("fastdpo::token_logps", mutates_args=())
 def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    row_index: Tensor | None,
-    ignore_index: int,
+    index: Tensor,
+    count: Tensor,
     scale: float,
     softcap: float | None,
     temperature: float,
@@ -97,7 +138,7 @@ def _forward(
     """
     head = Head(weight, bias, scale, softcap, temperature)
     plan = Plan(_names(stats), workspace_bytes, backend, compute_dtype, vocabulary(vocab_parallel))
-    rows = checks.label_rows(labels, ignore_index, plan.vocab_size(head), row_index)
+    rows = _selected(labels, index, count)
     needs = Needs(train_hidden, train_weight, train_bias)
     outputs = _empty_outputs(hidden, weight, labels, plan, needs)
     logps, entropy, others, state, product, flat = outputs
@@ -124,8 +165,8 @@ def _(
     weight,
     bias,
     labels,
-    row_index,
-    ignore_index,
+    index,
+    count,
     scale,
     softcap,
     temperature,
@@ -151,8 +192,8 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    row_index: Tensor | None,
-    ignore_index: int,
+    index: Tensor,
+    count: Tensor,
     scale: float,
     softcap: float | None,
     temperature: float,
@@ -177,7 +218,7 @@ def _backward(
             raise RuntimeError(linear.NO_STATISTICS_GRADIENT)
     head = Head(weight, bias, scale, softcap, temperature)
     plan = Plan((), workspace_bytes, backend, compute_dtype, vocabulary(vocab_parallel))
-    rows = checks.label_rows(labels, ignore_index, plan.vocab_size(head), row_index)
+    rows = _selected(labels, index, count)
     needs = Needs(train_hidden, train_weight, train_bias)
     n = rows.labels.shape[0]
     kept = None
@@ -212,10 +253,10 @@ def _(grad_logps, grad_entropy, state, product, flat, hidden, weight, bias, *res
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ignore, scale, softcap, temperature, _, workspace, backend, dtype, name = inputs[:-3]
+    *tensors, scale, softcap, temperature, _, workspace, backend, dtype, name = inputs[:-3]
     _, _, others, state, product, flat = output
     ctx.save_for_backward(state, product, flat, *tensors)
-    options = (ignore, scale, softcap, temperature, workspace, backend, dtype, name)
+    options = (scale, softcap, temperature, workspace, backend, dtype, name)
     ctx.options = (*options, *inputs[-3:])
     ctx.trained = inputs[-3:]
     ctx.mark_non_differentiable(others, state, product, flat)

@@ -537,9 +537,10 @@ def _rows(
     labels: Tensor, ignore_index: int, head: Head, row_index: Tensor | None, plan: linear.Plan
 ) -> rows.Rows | compiled.DeferredRows:
     """The rows that carry loss, checked; while torch.compile traces, the promise of them."""
+    flat, size = labels.flatten(), plan.vocab_size(head)
     if torch.compiler.is_compiling():
-        return compiled.DeferredRows(labels.flatten(), ignore_index, row_index)
-    return checks.label_rows(labels.flatten(), ignore_index, plan.vocab_size(head), row_index)
+        return compiled.DeferredRows.find(flat, ignore_index, size, row_index)
+    return checks.label_rows(flat, ignore_index, size, row_index)
 
 
 def _at_labels(

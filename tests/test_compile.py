@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastdpo import rows
 from fastdpo.loss import FusedLinearDPOLoss, linear_dpo_loss, linear_logps
 
 B, T, D, V = 2, 6, 16, 211
@@ -190,6 +191,27 @@ def test_bad_labels_are_refused_when_the_graph_runs():
         compiled(hidden, labels.masked_fill(labels > 0, V))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_are_found_once(frozen, monkeypatch):
+    """For policy, reference and backward: on a GPU that is what a step waits for."""
+    hidden, ref, labels = data()
+    module = nn.Linear(D, V).requires_grad_(not frozen)
+    layer = nn.Linear(D, D)
+    calls = []
+    count = rows.count
+    monkeypatch.setattr(rows, "count", lambda *a: calls.append(a) or count(*a))
+
+    def step(hidden, ref, labels):
+        h = torch.tanh(layer(hidden))
+        return linear_dpo_loss(h, module.weight, labels, bias=module.bias, ref_hidden=ref).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled(hidden, ref, labels).backward()
+    calls.clear()
+    compiled(hidden, ref, labels).backward()
+    assert len(calls) == 1
+
+
 def test_bad_arguments_are_refused_while_tracing():
     hidden, _, labels = data()
     weight = torch.randn(V, D)
@@ -202,7 +224,11 @@ def test_opcheck():
     hidden, _, labels = data()
     weight, bias = torch.randn(V, D, requires_grad=True), torch.randn(V, requires_grad=True)
     flat, y = hidden.flatten(0, 1).requires_grad_(), labels.flatten()
-    head = (y, None, -100, 1.0, None, 1.0)
+    index = (y != -100).nonzero().squeeze(1)
+    for given in (None, index):
+        torch.library.opcheck(torch.ops.fastdpo.rows, (y, -100, V, given))
+    head = (y, index, torch.tensor(len(index)), 1.0, None, 1.0)
+    # Not test_aot_dispatch_dynamic: it would compare what lies in the outputs' unused parts.
     for stats, trained in (("entropy", (True, True, True)), ("", (True, False, False))):
         w, b = (weight, bias) if trained[1] else (weight.detach(), None)
         torch.library.opcheck(
