@@ -54,7 +54,7 @@ def _backward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float
     # By the torch backend, so that a forward that fails does not take this contest with it.
     oracle = select.primitive("logits_logps", first, "torch")
     lse = [oracle.logits_logps(z, labels, head)[1] for z in logits]
-    grad, out = torch.ones_like(lse[0]), [torch.empty_like(z) for z in logits]
+    grad, out = lse[0].new_ones(labels.shape), [torch.empty_like(z) for z in logits]
     found, absent = serving("logits_logps_backward", first)
     work = kernels_model.logits_logps_backward(*first.shape, first.element_size())
 

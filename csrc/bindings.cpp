@@ -289,7 +289,7 @@ PYBIND11_MODULE(FASTDPO_MODULE, m) {
         arg("rows"), arg("vocab"), arg("row_stride"), arg("labels"), arg("scale"), arg("softcap"),
         arg("temperature"), arg("logps"), arg("lse"), arg("workspace"), arg("workspace_bytes"),
         arg("device"), arg("stream"),
-        "logps [rows] and lse [rows] (float32) of logits [rows, vocab] and labels [rows] (int64).");
+        "logps [rows] and lse [rows, 2] (float32) of logits [rows, vocab] and labels [rows] (int64).");
   m.def("logits_backward", &bind_logits_backward, py::kw_only(), arg("logits"), arg("dtype"),
         arg("rows"), arg("vocab"), arg("row_stride"), arg("labels"), arg("lse"), arg("grad"),
         arg("grad_stride"), arg("grad_scale"), arg("scale"), arg("softcap"), arg("temperature"),

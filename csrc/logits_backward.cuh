@@ -3,7 +3,7 @@
 //     out_tv = grad_t · gain · d_tv · (1[v = y_t] − exp(z_tv − lse_t))          in place or not
 //
 // Bytes moved: rows that carry loss × V × 2 · sizeof(T), one read and one write; the other rows × V
-// × sizeof(T), written as zeros without being read; about 28 per block. Nothing is summed, so every
+// × sizeof(T), written as zeros without being read; about 32 per block. Nothing is summed, so every
 // element's bits depend on its row alone.
 #pragma once
 
@@ -23,13 +23,15 @@ constexpr int kColumns = kStretchBytes / static_cast<int>(sizeof(T));
 
 struct RowGradient {
   float scale;  // grad_t · gain
-  float lse;
+  float top;    // the largest logit, and log Σ exp(z − that)
+  float log_sum;
   int label;  // -1 where it is outside the vocabulary
 
-  // t as `curve` gives it. z is rounded before lse is taken from it, as the forward rounded it.
+  // t as `curve` gives it. z is rounded before anything is taken from it, as the forward rounded it,
+  // and the largest logit goes first: that is exact where z is close to it.
   template <bool kSoftcap>
   __device__ __forceinline__ float operator()(const LogitMap& map, float t, int column) const {
-    const float probability = fast_exp(factor<kSoftcap>(map) * t - lse);
+    const float probability = fast_exp((factor<kSoftcap>(map) * t - top) - log_sum);
     const float slope = column == label ? 1.0f - probability : -probability;
     return kSoftcap ? scale * slope * fmaf(-t, t, 1.0f) : scale * slope;
   }
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) logits_backward_kernel(const LogitsB
 
   const In* logits = static_cast<const In*>(p.logits) + row * p.row_stride;
   const float grad = p.grad[row * p.grad_stride] * (p.grad_scale == nullptr ? 1.0f : *p.grad_scale);
-  const RowGradient gradient{grad * p.map.gain, p.lse[row],
+  const RowGradient gradient{grad * p.map.gain, p.lse[2 * row], p.lse[2 * row + 1],
                              label < p.vocab ? static_cast<int>(label) : -1};
   if constexpr (std::is_same_v<In, Out>) {
     write_same_type<In, kSoftcap>(logits, out, begin, end, p.vocab, gradient, p.map);

@@ -1,6 +1,6 @@
 // logps and log-sum-exps of the labels of rows of materialized logits.
 //
-// Bytes moved: rows that carry loss × V × sizeof(T), read once; 16 per row for label and results,
+// Bytes moved: rows that carry loss × V × sizeof(T), read once; 20 per row for label and results,
 // and 32 per block for the label's own logit and the partial sum. Rows with a negative label are
 // not read.
 //
@@ -74,7 +74,8 @@ __device__ __forceinline__ void write_row(const LogitsForwardParams& p, int64_t 
   // is exact.
   const float log_sum = logf(total.sum);
   p.logps[row] = (own - total.anchor()) - log_sum;
-  p.lse[row] = total.anchor() + log_sum;
+  p.lse[2 * row] = total.anchor();
+  p.lse[2 * row + 1] = log_sum;
 }
 
 }  // namespace logits_forward
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) logits_forward_kernel(const LogitsFo
   const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.splits));
   const int64_t label = p.labels[row];
   if (label < 0) {
-    if (split == 0 && threadIdx.x == 0) p.logps[row] = p.lse[row] = 0.0f;
+    if (split == 0 && threadIdx.x == 0) p.logps[row] = p.lse[2 * row] = p.lse[2 * row + 1] = 0.0f;
     return;
   }
   const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;

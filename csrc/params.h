@@ -28,7 +28,7 @@ struct LogitsForwardParams {
   const void* logits;     // [rows, vocab], row_stride apart
   const int64_t* labels;  // [rows]; negative: no loss, not read; ≥ vocab: NaN
   float* logps;           // [rows]
-  float* lse;             // [rows]
+  float* lse;             // [rows, 2]: the largest logit, and log Σ exp(z − that)
   unsigned* counters;     // [rows], zero; unused where splits = 1
   float2* partials;       // [rows, splits]; unused where splits = 1
   int64_t row_stride;     // elements
@@ -41,7 +41,7 @@ struct LogitsBackwardParams {
   const void* logits;     // [rows, vocab], row_stride apart
   void* out;              // [rows, vocab], out_stride apart; may be `logits` itself
   const int64_t* labels;  // [rows]; negative: zeros
-  const float* lse;       // [rows], of logits_forward
+  const float* lse;       // [rows, 2], of logits_forward
   const float* grad;      // [rows], grad_stride apart (0: the same for all)
   const float*
       grad_scale;      // [1], multiplies `grad`, on the device so that nobody waits for it; null: 1

@@ -2,10 +2,10 @@
 
     logp_t = z_t[y_t] − lse_t          ∂loss/∂z_tv = g_t · (1[v = y_t] − exp(z_tv − lse_t))
 
-The forward reads the logits once and keeps two numbers a row; the backward reads them once and
-writes the gradient once. Where nobody can ever see the logits again, the gradient is written over
-them: that is so when the graph is not retained, and neither a Python name nor another node of the
-    graph nor a view holds them.
+The forward reads the logits once and keeps two numbers a row, the two terms of lse_t; the backward
+reads them once and writes the gradient once. Where nobody can ever see the logits again, the
+gradient is written over them: that is so when the graph is not retained, and neither a Python name
+nor another node of the graph nor a view holds them.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import max_tokens, memory
 from benchmarks.floor import products
@@ -101,7 +102,7 @@ def test_the_floor_runs_the_products_of_the_step_and_no_others(trains, names):
     scenario = Scenario("tiny", 32, share=0.5, dtype="fp32", sequences=4, trains=trains)
     steps = products([make_inputs(scenario, CPU)])
     assert set(steps) == names
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         for step in steps.values():
             step(0)
     shape = scenario.shape

@@ -112,8 +112,10 @@ def test_every_op_has_shapes_without_data():
         cuda.logits_logps_backward(logps, logits, labels, lse, h, logits)
         loss = cuda.sequence_loss(logps, offsets, ref, 0.1, 0.0, True, "interleaved")
         fused = cuda.logits_sequence_loss(logits, labels, h, offsets, ref, 0.1)
-    for tensor in (a, logps, lse, fused.logps, fused.lse, fused.row_coefficients):
+    for tensor in (a, logps, fused.logps, fused.row_coefficients):
         assert (tensor.shape, tensor.dtype, tensor.device.type) == ((6,), torch.float32, "cuda")
+    for tensor in (lse, fused.lse):
+        assert (tensor.shape, tensor.dtype, tensor.device.type) == ((6, 2), torch.float32, "cuda")
     for result in (loss, fused.loss):
         assert [tuple(t.shape) for t in result] == [(), (4,), (4,), (4,)]
     assert fused.margins.shape == (2,)

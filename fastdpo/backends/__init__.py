@@ -21,12 +21,14 @@ label_entry=None, stats=()) -> ExpSums`
     one) in its own dtype, with `label_entry_t` (0 where None) in the label's column. `stats` asks
     for more sums, see ExpSums.
 
-`logits_logps(logits [N, V], labels [N], head) -> (logps [N], lse [N])`
+`logits_logps(logits [N, V], labels [N], head) -> (logps [N], lse [N, 2])`
     Materialized logits, read once; `head` supplies scale, softcap and temperature (its weight is
     not read).
-    Rows whose label is negative carry no loss: they are not read, logps and lse are 0.
+    The row's log-sum-exp comes in two terms, its largest logit and log Σ exp(z − that): their sum
+    would lose what logits with a large common part have left, in the gradient above all. Rows whose
+    label is negative carry no loss: they are not read, logps and lse are 0.
 
-`logits_logps_backward(grad_logps [N], logits [N, V], labels [N], lse [N], head, out [N, V]) ->
+`logits_logps_backward(grad_logps [N], logits [N, V], labels [N], lse [N, 2], head, out [N, V]) ->
     None` out_tv = grad_t · ∂logp_t/∂logits_tv, in out's dtype; `out` may be `logits` itself. Rows
     whose label is negative are written as zeros.
 

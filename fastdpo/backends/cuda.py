@@ -42,7 +42,7 @@ CAPABILITIES = {
     "logits_logps": Capability(
         "reading the logits once",
         None,
-        "four 16-byte loads in flight a thread and about 10 instructions an element in the machine "
+        "four 16-byte loads in flight a thread and about 12 instructions an element in the machine "
         "code, where an H100's memory allows 17 for bf16",
     ),
     "logits_logps_backward": Capability(
@@ -73,7 +73,7 @@ class LogitsLoss(NamedTuple):
     margins: Tensor  # [B] the chosen's reward minus the rejected's
     row_coefficients: Tensor  # [N] ∂loss/∂logps of every row, 0 where it carries no loss
     logps: Tensor  # [N]
-    lse: Tensor  # [N]
+    lse: Tensor  # [N, 2]
 
 
 # ---- Whether it can run
@@ -123,7 +123,7 @@ def logits_logps(
     logits: Tensor,  # [N, V], any row stride
     labels: Tensor,  # [N]; negative: no loss, not read; ≥ V: NaN
     head: Head,
-) -> tuple[Tensor, Tensor]:  # [N], [N] float32
+) -> tuple[Tensor, Tensor]:  # [N], [N, 2] float32
     return torch.ops.fastdpo_cuda.logits_logps(logits, labels, *_transform(head))
 
 
@@ -131,7 +131,7 @@ def logits_logps_backward(
     grad_logps: Tensor,  # [N] float32, any stride (0 where expanded)
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N] float32
+    lse: Tensor,  # [N, 2] float32
     head: Head,
     out: Tensor,  # [N, V], of any served dtype; may be logits itself
     *,

@@ -92,11 +92,14 @@ def _logits_logps(
     scale: float,
     softcap: float,
     temperature: float,
-) -> tuple[Tensor, Tensor]:  # [N], [N]
+) -> tuple[Tensor, Tensor]:  # [N], [N, 2]
     _check_matrix("logits", logits)
     rows, vocab = logits.shape
     labels = _vector("labels", labels, rows, logits, torch.int64)
-    logps, lse = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(2))
+    logps, lse = (
+        torch.empty(shape, dtype=torch.float32, device=logits.device)
+        for shape in ((rows,), (rows, 2))
+    )
     with _on(logits) as queue:
         bytes_ = extension().logits_forward_workspace_bytes(
             dtype=_tag(logits), rows=rows, vocab=vocab
@@ -116,7 +119,7 @@ def _logits_logps_backward(
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N]
+    lse: Tensor,  # [N, 2]
     scale: float,
     softcap: float,
     temperature: float,
@@ -129,7 +132,7 @@ def _logits_logps_backward(
     _require(out.shape == logits.shape, "out", f"must be {list(logits.shape)}")
     _require(out.device == logits.device, "out", f"must be on {logits.device}")
     labels = _vector("labels", labels, rows, logits, torch.int64)
-    lse = _vector("lse", lse, rows, logits, torch.float32)
+    lse = _vector("lse", lse, (rows, 2), logits, torch.float32)
     _check_vector("grad_logps", grad_logps, rows, logits, torch.float32)
     if grad_scale is not None:
         grad_scale = _vector("grad_scale", grad_scale.reshape(-1), 1, logits, torch.float32)
@@ -142,6 +145,9 @@ def _logits_logps_backward(
             temperature=temperature, out=out.data_ptr(), out_dtype=_tag(out),
             out_stride=out.stride(0), **queue,
         )  # fmt: skip
+    # Autograd has not seen the writing: what it had saved of `out` is not what it was.
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
 
 
 def _sequence_loss(
@@ -172,7 +178,7 @@ def _logits_sequence_loss(
     label_smoothing: float,
     average: bool,
     interleaved: bool,
-) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [B], [N], [N], [N]
+) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [B], [N], [N], [N, 2]
     logps, lse = _logits_logps(logits, labels, scale, softcap, temperature)
     results = _run_sequence_loss(
         logps, labels, offsets, ref_logps, beta, label_smoothing, average, interleaved, True
@@ -241,7 +247,7 @@ def _(hidden, weight, bias, labels, scale, softcap, temperature):
 @torch.library.register_fake("fastdpo_cuda::logits_logps", lib=_LIBRARY)
 def _(logits, labels, scale, softcap, temperature):
     rows = logits.shape[0]
-    return tuple(logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 2)))
 
 
 @torch.library.register_fake("fastdpo_cuda::logits_logps_backward", lib=_LIBRARY)
@@ -259,7 +265,8 @@ def _(
     logits, labels, offsets, ref_logps, scale, softcap, temperature,
     beta, label_smoothing, average, interleaved,
 ):  # fmt: skip
-    rows = tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(3))
+    n = logits.shape[0]
+    rows = tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), (n, 2)))
     return (*_fake_loss(logits, ref_logps), *rows)
 
 
@@ -315,22 +322,31 @@ def _check_matrix(name: str, tensor: Tensor, like: Tensor | None = None) -> None
 
 
 def _check_vector(
-    name: str, tensor: Tensor, length: int, like: Tensor, dtype: torch.dtype | None
+    name: str,
+    tensor: Tensor,
+    shape: int | tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype | None,
 ) -> None:
+    shape = (shape,) if isinstance(shape, int) else shape
     served = dtype is None and tensor.dtype in _DTYPES
     expected = _names(_DTYPES) if dtype is None else str(dtype)
     _require(served or tensor.dtype == dtype, name, f"must be {expected}, got {tensor.dtype}")
     _require(
-        tensor.shape == (length,), name, f"must have shape [{length}], got {list(tensor.shape)}"
+        tensor.shape == shape, name, f"must have shape {list(shape)}, got {list(tensor.shape)}"
     )
     _require(tensor.device == like.device, name, f"must be on {like.device}, is on {tensor.device}")
 
 
 def _vector(
-    name: str, tensor: Tensor, length: int, like: Tensor, dtype: torch.dtype | None = None
+    name: str,
+    tensor: Tensor,
+    shape: int | tuple[int, ...],
+    like: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The checked vector, contiguous: a copy where it is not, of a few bytes a row."""
-    _check_vector(name, tensor, length, like, dtype)
+    _check_vector(name, tensor, shape, like, dtype)
     return tensor.contiguous()
 
 

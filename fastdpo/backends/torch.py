@@ -166,16 +166,18 @@ def logits_logps(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     head: Head,
-) -> tuple[Tensor, Tensor]:  # [N], [N]
+) -> tuple[Tensor, Tensor]:  # [N], [N, 2]
     dtype = accumulate_dtype(logits.dtype)
     logps = logits.new_zeros(logits.shape[0], dtype=dtype)
-    lse = torch.zeros_like(logps)
+    lse = logits.new_zeros(logits.shape[0], 2, dtype=dtype)
     for rows in _row_blocks(labels >= 0, logits):
         z = _transform(logits[rows].to(dtype), head)
         own = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
-        block = z.logsumexp(1)
-        lse[rows] = block
-        logps[rows] = own - block
+        top = z.amax(1)
+        top = torch.where(top.isinf(), 0.0, top)  # ∞ − ∞ is taken nowhere
+        log_sum = z.sub_(top.unsqueeze(1)).exp_().sum(1).log_()
+        lse[rows] = torch.stack([top, log_sum], 1)
+        logps[rows] = (own - top) - log_sum
     return logps, lse
 
 
@@ -183,7 +185,7 @@ def logits_logps_backward(
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N]
+    lse: Tensor,  # [N, 2]
     head: Head,
     out: Tensor,  # [N, V]
 ) -> None:
@@ -192,7 +194,8 @@ def logits_logps_backward(
     for rows in _row_blocks(carries, logits):
         z = _transform(logits[rows].to(dtype), head)
         derivative = head.softcap_derivative(z)
-        grad = z.sub_(lse[rows].unsqueeze(1)).exp_().neg_()
+        top, log_sum = lse[rows].unsqueeze(2).unbind(1)
+        grad = z.sub_(top).sub_(log_sum).exp_().neg_()
         one = torch.ones_like(rows, dtype=dtype).unsqueeze(1)
         grad.scatter_add_(1, labels[rows].unsqueeze(1), one)
         grad *= (grad_logps[rows] * head.gain).unsqueeze(1)

@@ -55,26 +55,39 @@ def logits_and_labels(
 
 
 def eager_logps(logits: Tensor, labels: Tensor, h: Head) -> tuple[Tensor, Tensor]:
-    """The baseline: what a trainer writes, in fp32."""
-    z = logits.float() * h.scale
+    """The baseline: what a trainer writes, in fp32 or fp64."""
+    z = logits * h.scale
     if h.softcap is not None:
         z = h.softcap * torch.tanh(z / h.softcap)
     z = z / h.temperature
-    lse = z.logsumexp(-1)
-    return z.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse, lse
+    logps = z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return logps, z.logsumexp(-1)
+
+
+def eager_gradient(logits: Tensor, labels: Tensor, h: Head, upstream: Tensor) -> Tensor:
+    """∂/∂logits [N, V], by autograd."""
+    leaf = logits.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(eager_logps(leaf, labels, h)[0], leaf, upstream)
+    return gradient
+
+
+def summed(logps: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:  # [N], [N, 2] -> [N], [N]
+    return logps, lse.sum(-1)
 
 
 def check_forward(backend: ModuleType, logits: Tensor, labels: Tensor, **transform) -> None:
     h = head(logits, **transform)
     ours = backend.logits_logps(logits, labels, h)
+    assert ours[1].shape == (*labels.shape, 2)
+    ours = summed(*ours)
     rows = labels >= 0
     for name, tensor in zip(("logps", "lse"), ours, strict=True):
         assert tensor.dtype == torch.float32
         assert tensor.shape == labels.shape
         assert torch.equal(tensor[~rows], torch.zeros_like(tensor[~rows])), f"{name} where ignored"
     some, wanted = logits[rows], labels[rows]
-    exact = reference.logits_logps(some.double(), wanted, h)
-    base = eager_logps(some, wanted, h)
+    exact = eager_logps(some.double(), wanted, h)
+    base = eager_logps(some.float(), wanted, h)
     for name, tensor, b, e in zip(("logps", "lse"), ours, base, exact, strict=True):
         assert_as_accurate(tensor[rows], b, e, 2, name)
 
@@ -92,15 +105,10 @@ def check_backward(
     h = head(logits, **transform)
     grad = torch.randn(labels.shape).to(logits.device) if grad is None else grad
     rows = labels >= 0
-    some, wanted = logits[rows].double(), labels[rows]
+    some, wanted = logits[rows], labels[rows]
     upstream = grad[rows] if grad_scale is None else grad[rows] * grad_scale
-    _, exact_lse = reference.logits_logps(some, wanted, h)
-    exact = torch.empty_like(some)
-    reference.logits_logps_backward(upstream.double(), some, wanted, exact_lse, h, exact)
-    base = torch.empty_like(some, dtype=torch.float32)
-    some = some.float()
-    _, base_lse = eager_logps(some, wanted, h)
-    reference.logits_logps_backward(upstream, some, wanted, base_lse, h, base)
+    exact = eager_gradient(some.double(), wanted, h, upstream.double())
+    base = eager_gradient(some.float(), wanted, h, upstream)
 
     _, lse = backend.logits_logps(logits, labels, h)
     backend.logits_logps_backward(grad, logits, labels, lse, h, out, grad_scale=grad_scale)
@@ -126,12 +134,18 @@ def check_extreme_logits(backend: ModuleType, dtype: torch.dtype, device: str = 
 
 
 def check_common_offset(backend: ModuleType, device: str = "cpu") -> None:
-    """logp = (z_y − max) − log Σ is exact where z_y − lse would lose three digits."""
-    logits = (10000.0 + torch.randn(16, 500)).to(device)
-    labels = torch.randint(0, 500, (16,)).to(device)
-    ours, _ = backend.logits_logps(logits, labels, head(logits))
-    exact = logits.double().log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
-    assert (ours - exact).abs().max() < 2e-6
+    """(z − max) − log Σ is exact where z − lse would lose three digits, both ways."""
+    for offset in (100.0, -1e3, 1e4):
+        logits = (offset + 4 * torch.randn(16, 500)).to(device)
+        labels = torch.randint(0, 500, (16,)).to(device)
+        ours, lse = backend.logits_logps(logits, labels, head(logits))
+        wide = logits.double().requires_grad_()
+        exact = wide.log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        (gradient,) = torch.autograd.grad(exact.sum(), wide)
+        assert (ours - exact).abs().max() < 4e-6
+        out = torch.empty_like(logits)
+        backend.logits_logps_backward(torch.ones_like(ours), logits, labels, lse, head(logits), out)
+        assert (out - gradient).abs().max() < 1e-6
 
 
 def check_infinities_and_nan(backend: ModuleType, device: str = "cpu") -> None:
@@ -141,13 +155,13 @@ def check_infinities_and_nan(backend: ModuleType, device: str = "cpu") -> None:
     logits[2, 7], labels[2] = math.inf, 7
     logits[3, 9] = math.nan
     logits[4, labels[4]] = -math.inf
-    ours = backend.logits_logps(logits, labels, head(logits))
-    exact = reference.logits_logps(logits.double(), labels, head(logits))
+    ours = summed(*backend.logits_logps(logits, labels, head(logits)))
+    exact = summed(*reference.logits_logps(logits.double(), labels, head(logits)))
     for mine, oracle in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine, oracle.float(), equal_nan=True)
     capped = head(logits, softcap=5.0)
-    ours = backend.logits_logps(logits, labels, capped)
-    exact = reference.logits_logps(logits.double(), labels, capped)
+    ours = summed(*backend.logits_logps(logits, labels, capped))
+    exact = summed(*reference.logits_logps(logits.double(), labels, capped))
     for mine, oracle in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine, oracle.float(), equal_nan=True)
 
@@ -169,7 +183,7 @@ def check_neighbours_under_a_softcap(
     h, mixed = head(small, softcap=10.0), small.clone()
     large = torch.arange(3, vocab, 24, device=device)
     mixed[:, large] = 9.0
-    lse = torch.full((2,), 12.0, device=device)
+    lse = torch.tensor([[10.0, 2.0]], device=device).repeat(2, 1)
     grad = torch.ones(2, device=device)
     results = []
     for logits in (small, mixed):
@@ -189,7 +203,7 @@ def check_certain_labels(backend: ModuleType, dtype: torch.dtype, device: str = 
         h = head(logits, **transform)
         logps, lse = backend.logits_logps(logits, labels, h)
         out = torch.full_like(logits, POISON)
-        backend.logits_logps_backward(torch.ones_like(lse), logits, labels, lse, h, out)
+        backend.logits_logps_backward(torch.ones_like(logps), logits, labels, lse, h, out)
         assert not logps.any()
         assert not out.any()
 

@@ -26,11 +26,11 @@ def test_slices_of_one_matrix_that_do_not_overlap_are_accepted(cuda):
 def test_a_launch_error_names_the_kernel_and_is_reported_once(cuda, host, op):
     logits, labels = cases.logits_and_labels(torch.float32, 3, 16)
     h = cases.Head(torch.randn(16, 16))
-    lse = torch.zeros(3)
+    lse = torch.zeros(3, 2)
     run = {
         "logits_forward": lambda: cuda.logits_logps(logits, labels, h),
         "logits_backward": lambda: cuda.logits_logps_backward(
-            lse, logits, labels, lse, h, logits.clone()
+            torch.zeros(3), logits, labels, lse, h, logits.clone()
         ),
         "target_logits": lambda: cuda.target_logits(logits, h, labels),
     }[op]
@@ -81,7 +81,8 @@ def test_the_architecture_is_checked_before_the_first_launch_on_a_device(cuda, h
         ({"logits": torch.randn(3, 0)}, "logits: must have at least one column"),
         ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels: must be torch.int64"),
         ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels: must have shape \[3\]"),
-        ({"lse": torch.zeros(3, dtype=torch.float64)}, "lse: must be torch.float32"),
+        ({"lse": torch.zeros(3, 2, dtype=torch.float64)}, "lse: must be torch.float32"),
+        ({"lse": torch.zeros(3)}, r"lse: must have shape \[3, 2\]"),
         ({"grad": torch.zeros(2)}, r"grad_logps: must have shape \[3\]"),
         ({"out": torch.zeros(3, 9)}, r"out: must be \[3, 8\]"),
         ({"grad_scale": torch.zeros(2)}, r"grad_scale: must have shape \[1\]"),
@@ -92,7 +93,7 @@ def test_the_tensors_of_the_backward_are_checked(cuda, changed, message):
         "grad": torch.zeros(3),
         "logits": torch.randn(3, 8),
         "labels": torch.zeros(3, dtype=torch.int64),
-        "lse": torch.zeros(3),
+        "lse": torch.zeros(3, 2),
         "out": torch.zeros(3, 8),
         "grad_scale": None,
         **changed,

@@ -107,7 +107,8 @@ def _of_forward(p: Any, blocks: int, types: list[int]) -> list[Rows]:
     rows = blocks // p.splits
     found = [Rows("logits", p.logits, rows, p.vocab, p.row_stride, types[0])]
     found += [_vector("labels", p.labels, rows, 8)]
-    found += [_vector(name, getattr(p, name), rows, unwritten=True) for name in ("logps", "lse")]
+    found += [_vector("logps", p.logps, rows, unwritten=True)]
+    found += [_vector("lse", p.lse, 2 * rows, unwritten=True)]
     if p.splits > 1:
         found.append(_vector("counters", p.counters, rows, watched=False))
         found.append(_own("partials", p.partials, rows * p.splits, 8))
@@ -118,7 +119,7 @@ def _of_backward(p: Any, blocks: int, types: list[int]) -> list[Rows]:
     rows = blocks // p.splits
     found = [Rows("logits", p.logits, rows, p.vocab, p.row_stride, types[0])]
     found += [Rows("out", p.out, rows, p.vocab, p.out_stride, types[1])]
-    found += [_vector("labels", p.labels, rows, 8), _vector("lse", p.lse, rows)]
+    found += [_vector("labels", p.labels, rows, 8), _vector("lse", p.lse, 2 * rows)]
     found += [Rows("grad", p.grad, rows if p.grad_stride else 1, 1, p.grad_stride, 4)]
     return found + ([_vector("grad_scale", p.grad_scale, 1)] if p.grad_scale else [])
 

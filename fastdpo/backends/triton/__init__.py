@@ -110,7 +110,7 @@ def logits_logps(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     head: Head,
-) -> tuple[Tensor, Tensor]:  # [N], [N] fp32
+) -> tuple[Tensor, Tensor]:  # [N], [N, 2] fp32
     return ops.logits_logps(logits, labels, head.scale, head.softcap, head.temperature)
 
 
@@ -118,7 +118,7 @@ def logits_logps_backward(
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N] fp32
+    lse: Tensor,  # [N, 2] fp32
     head: Head,
     out: Tensor,  # [N, V]
 ) -> None:

@@ -35,7 +35,7 @@ def logits_logps_kernel(
     logits_ptr,  # [N, V]
     labels_ptr,  # [N] int
     logps_ptr,  # [N] fp32
-    lse_ptr,  # [N] fp32
+    lse_ptr,  # [N, 2] fp32: the largest logit, and log Σ exp(z − that)
     row_stride,
     column_stride,
     V,
@@ -47,7 +47,8 @@ def logits_logps_kernel(
     label = tl.load(labels_ptr + row).to(tl.int64)
     if label < 0:
         tl.store(logps_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
+        tl.store(lse_ptr + 2 * row, 0.0)
+        tl.store(lse_ptr + 2 * row + 1, 0.0)
         return
     logits = logits_ptr + row * row_stride
     one = tl.arange(0, 1)
@@ -70,6 +71,7 @@ def logits_logps_kernel(
         t, factor = head_curve(u.to(tl.float32), inner, outer)
         top, total = _absorb(tl.where(mask, t * factor, float("-inf")), top, total)
     log_total = tl.log(tl.sum(tl.reshape(total, (1, BLOCK_V)), 1))
-    tl.store(lse_ptr + row + one, top + log_total)
+    tl.store(lse_ptr + 2 * row + one, top)
+    tl.store(lse_ptr + 2 * row + 1 + one, log_total)
     # (z_y − max) − log Σ rather than z_y − lse: the first difference is exact where they are close.
     tl.store(logps_ptr + row + one, (own - top) - log_total)

@@ -124,9 +124,9 @@ def logits_logps(
     scale: float,
     softcap: float | None,
     temperature: float,
-) -> tuple[Tensor, Tensor]:  # [N], [N] fp32
+) -> tuple[Tensor, Tensor]:  # [N], [N, 2] fp32
     logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    lse = torch.empty_like(logps)
+    lse = logits.new_empty(logits.shape[0], 2, dtype=torch.float32)
     if logps.numel():
         head = Head(logits, None, scale, softcap, temperature)  # the weight is not read
         launch = row_launches.logits_logps(logits, labels.contiguous(), head, logps, lse)
@@ -137,7 +137,7 @@ def logits_logps(
 @logits_logps.register_fake
 def _(logits, labels, scale, softcap, temperature):
     logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return logps, torch.empty_like(logps)
+    return logps, logits.new_empty(logits.shape[0], 2, dtype=torch.float32)
 
 
 @torch.library.custom_op("fastdpo_triton::logits_logps_backward", mutates_args=("out",))
@@ -145,7 +145,7 @@ def logits_logps_backward(
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N] fp32
+    lse: Tensor,  # [N, 2] fp32
     scale: float,
     softcap: float | None,
     temperature: float,
@@ -164,7 +164,7 @@ def logits_logps_backward_(
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V], becomes its own gradient
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N] fp32
+    lse: Tensor,  # [N, 2] fp32
     scale: float,
     softcap: float | None,
     temperature: float,
@@ -184,7 +184,7 @@ def _backward(
     grad_logps: Tensor,  # [N], any stride
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N]
+    lse: Tensor,  # [N, 2]
     scale: float,
     softcap: float | None,
     temperature: float,

@@ -41,7 +41,7 @@ def logits_logps(
     labels: Tensor,  # [N]
     head: Head,
     logps: Tensor,  # [N] fp32, written
-    lse: Tensor,  # [N] fp32, written
+    lse: Tensor,  # [N, 2] fp32, written
 ) -> Launch:
     inner, outer = curve(head)
     arguments = {
@@ -56,7 +56,7 @@ def logits_logps_backward(
     grad_logps: Tensor,  # [N] fp32, contiguous
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    lse: Tensor,  # [N] fp32
+    lse: Tensor,  # [N, 2] fp32
     head: Head,
     out: Tensor,  # [N, V], written
 ) -> Launch:
