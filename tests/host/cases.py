@@ -41,7 +41,9 @@ def logits_and_labels(
     offset: int = 0,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:  # [rows, vocab], [rows]
-    """Random logits, `offset` elements into their storage; ignored rows hold NaN."""
+    """Random logits, `offset` elements into their storage. Ignored rows hold NaN, and as labels
+    what users write there or what the public functions make of it.
+    """
     row_stride = vocab if row_stride is None else row_stride
     storage = torch.full((offset + rows * row_stride + vocab,), POISON, dtype=dtype)
     logits = storage[offset:].as_strided((rows, vocab), (row_stride, 1))
@@ -49,7 +51,7 @@ def logits_and_labels(
     labels = torch.randint(0, vocab, (rows,))
     for row in ignored:
         logits[row] = POISON
-        labels[row] = -100
+        labels[row] = (-100, -1)[row % 2]
     strided = storage.to(device)[offset:].as_strided((rows, vocab), (row_stride, 1))
     return strided, labels.to(device)
 
@@ -172,6 +174,11 @@ def check_labels_outside(backend: ModuleType, device: str = "cpu") -> None:
     logps, lse = backend.logits_logps(logits, labels, head(logits))
     assert logps.isnan().tolist() == [False, True, True]
     assert lse.isfinite().all()
+    # Their gradient has no label's entry.
+    out = torch.empty_like(logits)
+    backend.logits_logps_backward(torch.ones_like(logps), logits, labels, lse, head(logits), out)
+    softmax = logits.float().softmax(-1)
+    torch.testing.assert_close(out[1:], -softmax[1:].to(out.dtype), rtol=2e-2, atol=1e-6)
 
 
 def check_neighbours_under_a_softcap(
@@ -354,7 +361,10 @@ def assert_same_bits(left: list[Tensor], right: list[Tensor]) -> None:
 def far_apart(matrix: Tensor, stride: int) -> Tensor:
     """The same rows with so many elements between them: virtual memory that nobody touches."""
     rows, columns = matrix.shape
+    filled = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # which would fill it
     storage = torch.empty(rows * stride, dtype=matrix.dtype)
+    torch.use_deterministic_algorithms(filled)
     return storage.as_strided((rows, columns), (stride, 1)).copy_(matrix)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from host import backend, build
+from torch.utils import deterministic
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +25,15 @@ def host() -> backend.Host:
 
         return Executed(host, int(arch))
     return host
+
+
+@pytest.fixture(autouse=True)
+def _memory_that_nobody_wrote_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    assert deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture

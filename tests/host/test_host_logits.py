@@ -36,6 +36,32 @@ def test_backward_matches_the_oracle_in_place_and_not(cuda, dtype, transform):
         cases.check_backward(cuda, logits, labels, logits, **transform)
 
 
+@pytest.mark.parametrize("size", [STRETCH // 8, STRETCH // 4, STRETCH // 2, STRETCH])
+@pytest.mark.parametrize("dtype", cases.DTYPES[:2], ids=str)
+def test_rows_that_end_where_a_round_or_a_stretch_ends(cuda, dtype, size):
+    """One element less, none, one more, on a 16-byte boundary and one element past it."""
+    for vocab in range(size // dtype.itemsize - 1, size // dtype.itemsize + 2):
+        for offset in (0, 1):
+            logits, labels = cases.logits_and_labels(dtype, 2, vocab, offset=offset, ignored=(1,))
+            labels[0] = vocab - 1
+            cases.check_forward(cuda, logits, labels)
+            out = torch.full((2 * vocab + 1,), cases.POISON, dtype=dtype)[offset:][: 2 * vocab]
+            cases.check_backward(cuda, logits, labels, out.view(2, vocab))
+            cases.check_backward(cuda, logits, labels, logits)
+
+
+def test_the_gradient_is_rounded_to_nearest(cuda):
+    """The same bits as PyTorch makes of the fp32 gradient."""
+    for dtype in cases.DTYPES[1:]:
+        logits, labels = cases.logits_and_labels(dtype, 3, 999, offset=1)
+        _, lse = cuda.logits_logps(logits, labels, cases.head(logits))
+        rounded, wide = torch.empty_like(logits), torch.empty(logits.shape)
+        for out in (rounded, wide):
+            grad = torch.linspace(-1, 2, 3)
+            cuda.logits_logps_backward(grad, logits, labels, lse, cases.head(logits), out)
+        cases.assert_same_bits(cases.bits(rounded), cases.bits(wide.to(dtype)))
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("offset", range(9))
 def test_any_alignment_and_row_stride(cuda, dtype, offset):

@@ -34,7 +34,7 @@ def test_any_beta(cuda, beta):
 def test_equal_policy_and_reference_are_ln_2_to_the_bit(cuda, average):
     for seed in range(20):
         torch.manual_seed(seed)
-        logps, offsets, _ = cases.sequences([31, 400, 7, 77, 0, 12])
+        logps, offsets, _ = cases.sequences([31, 4000, 7, 77, 0, 12])
         ref = cases.reference.sequence_sums(logps, offsets.diff())
         if average:
             ref = ref / offsets.diff().clamp(min=1)
@@ -62,6 +62,23 @@ def test_no_pairs_is_a_loss_of_zero(cuda, host):
     assert loss.item() == 0.0
     assert all(t.shape == (0,) for t in others)
     assert host.blocks() == before
+
+
+def test_sums_are_carried_in_fp64(cuda):
+    """One large number among many small ones, which fp32 would not add to it."""
+    logps = torch.full((20_000,), -1e-4)
+    logps[0] = -1e5
+    offsets = torch.tensor([0, 20_000, 20_000])
+    loss = cuda.sequence_loss(logps, offsets, torch.zeros(2), 0.1, 0.0, False, PAIRS[0])
+    assert loss.logps[0] == logps.double().sum().float()
+
+
+def test_no_pairs_leave_no_gradient(cuda):
+    logits, labels = cases.logits_and_labels(torch.float32, 5, 20)
+    none, empty = torch.zeros(1, dtype=torch.int64), torch.empty(0)
+    found = cuda.logits_sequence_loss(logits, labels, cases.head(logits), none, empty, 0.1)
+    assert found.loss.loss == 0.0
+    assert torch.equal(found.row_coefficients, torch.zeros(5))
 
 
 def test_offsets_that_lie_are_clamped_to_the_rows_there_are(cuda):

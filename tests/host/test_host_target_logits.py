@@ -68,3 +68,12 @@ def test_no_rows(cuda, host):
     hidden, weight, labels = operands(torch.float32, 0, 3, 8)
     assert cuda.target_logits(hidden, cases.Head(weight), labels).shape == (0,)
     assert host.blocks() == before
+
+
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_rows_beyond_two_to_the_31_elements(cuda, which):
+    hidden, weight, labels = operands(torch.bfloat16, 2, 2, 40)
+    labels[:] = torch.tensor([1, 0])
+    far = {"hidden": hidden, "weight": weight}
+    far[which] = cases.far_apart(far[which], (1 << 31) + 24)
+    cases.check_target_logits(cuda, far["hidden"], far["weight"], labels)
