@@ -1,10 +1,12 @@
 """Builds the optional extension fastdpo._cuda with nvcc and ninja; pyproject.toml has the rest.
 
     FASTDPO_BUILD_CUDA=auto|0|1   auto (default): built where nvcc is found, else one line says why
-                                  not; 0: never; 1: a failure to build is an error
+                                  not; 0: never; 1: a failure to build is an error. auto and 0
+                                  remove the binary of an earlier build where they make none
     FASTDPO_CUDA_ARCHS            compute capabilities, e.g. "9.0" or "8.0;9.0+PTX"
                                   (default: 8.0;8.6;8.9;9.0;10.0;12.0+PTX, of which nvcc's)
-    FASTDPO_NVCC                  the compiler, where it is not `nvcc` on PATH or under CUDA_HOME
+    FASTDPO_NVCC                  the compiler, where it is not `nvcc` on PATH, under CUDA_HOME or
+                                  CUDA_PATH, or in /usr/local/cuda
     FASTDPO_BUILD_JOBS            parallel compilations (default 2)
 
 The extension neither includes nor links PyTorch, so an isolated build needs none, and one binary
@@ -16,20 +18,24 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+NAME = "fastdpo._cuda"
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 MODES = ("auto", "0", "1")
-NOT_BUILT = "fastdpo._cuda is not built: {}. The torch and triton backends do not need it."
+NOT_BUILT = NAME + " is not built: {}. The torch and triton backends do not need it."
 
 
 class CannotBuild(RuntimeError):
@@ -45,7 +51,8 @@ def mode() -> str:
 
 def find_nvcc() -> str:
     named = os.environ.get("FASTDPO_NVCC")
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    # The last is where the toolkit installs itself, and it does not touch PATH.
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates = [named] if named else ["nvcc", *(f"{h}/bin/nvcc" for h in homes if h)]
     for candidate in candidates:
         if found := shutil.which(candidate):
@@ -88,7 +95,7 @@ def ninja_text(nvcc: str, target: Path) -> str:
     sass, ptx = architectures(nvcc)
     # nvcc splits its arguments at commas, unless they are escaped.
     defines = [
-        f"'-DFASTDPO_{kind}_ARCHS=" + r"\,".join(map(str, numbers)) + "'"
+        f"-DFASTDPO_{kind}_ARCHS=" + r"\,".join(map(str, numbers))
         for kind, numbers in (("SASS", sass), ("PTX", ptx))
     ]
     gencode = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in sass]
@@ -113,7 +120,7 @@ def ninja_text(nvcc: str, target: Path) -> str:
     }
     lines = ["ninja_required_version = 1.5"]
     for name, command in rules.items():
-        lines += [f"rule {name}", f"  command = {' '.join(command)} -o $out"]
+        lines += [f"rule {name}", f"  command = {quote(command)} -o $out"]
         lines += [f"  description = {name} $out"]
         lines += [] if name == "link" else ["  depfile = $out.d", "  deps = gcc"]
     objects = []
@@ -124,6 +131,14 @@ def ninja_text(nvcc: str, target: Path) -> str:
     lines.append(f"build {escape(target)}: link {' '.join(objects)}")
     lines.append(f"default {escape(target)}")
     return "\n".join(lines) + "\n"
+
+
+def quote(command: list[str]) -> str:
+    """For the shell, and $ for ninja as well, which quotes $in and $out itself."""
+    return " ".join(
+        word if re.match(r"\$(in|out)\b", word) else shlex.quote(word).replace("$", "$$")
+        for word in command
+    )
 
 
 def escape(path: Path) -> str:
@@ -155,18 +170,33 @@ class BuildWithNinja(build_ext):
         jobs = os.environ.get("FASTDPO_BUILD_JOBS") or "2"
         command = [find_ninja(), "-C", str(folder), "-j", jobs]
         if subprocess.run(command).returncode != 0:
-            raise CannotBuild(f"`{' '.join(command)}` failed, its output is above")
+            raise CannotBuild(f"`{shlex.join(command)}` failed, its output is above")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(built, target)
 
     def run(self) -> None:
+        # setuptools switches `inplace` off while it builds.
+        stale = [Path(self.build_lib), *([ROOT] if self.inplace else [])]
         try:
             super().run()
+            if self.extensions:
+                return
         except CannotBuild as error:
             if mode() == "1":
-                raise SystemExit(f"FASTDPO_BUILD_CUDA=1, but fastdpo._cuda: {error}") from error
+                raise SystemExit(f"FASTDPO_BUILD_CUDA=1, but {NAME}: {error}") from error
             self.extensions = []
             say(NOT_BUILT.format(error))
+        # The kernels of an earlier build would be shipped, or imported, beside today's Python.
+        for folder in stale:
+            (folder / self.get_ext_filename(NAME)).unlink(missing_ok=True)
+
+
+class Build(build):
+    """With build_ext where there is no extension as well: it removes that of an earlier build."""
+
+    sub_commands: ClassVar = [
+        (name, None if name == "build_ext" else predicate) for name, predicate in build.sub_commands
+    ]
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -185,7 +215,7 @@ def extensions() -> list[Extension]:
         find_nvcc()
     except CannotBuild as error:
         if mode() == "1":
-            raise SystemExit(f"FASTDPO_BUILD_CUDA=1, but fastdpo._cuda: {error}") from error
+            raise SystemExit(f"FASTDPO_BUILD_CUDA=1, but {NAME}: {error}") from error
         # Without an extension the wheel is pure Python, as it should be.
         say(NOT_BUILT.format(error))
         return []
@@ -194,7 +224,8 @@ def extensions() -> list[Extension]:
         for suffixes in (["*.cu"], ["*.cpp"], ["*.cuh", "*.h"])
     )
     # `depends` puts the headers into the source distribution.
-    return [Extension("fastdpo._cuda", kernels + bindings, depends=headers)]
+    return [Extension(NAME, kernels + bindings, depends=headers)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWithNinja})
+if __name__ == "__main__":  # the tests import what is above
+    setup(ext_modules=extensions(), cmdclass={"build": Build, "build_ext": BuildWithNinja})

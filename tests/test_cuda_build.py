@@ -1,7 +1,8 @@
 """The extension, compiled for every architecture: what came out of it, and that it imports.
 
 The objects stay in build/cuda-*/, so that a second run, or `pip install .` from the same checkout,
-compiles nothing again.
+compiles nothing again. How it is built is tested on copies of the checkout: for one architecture,
+or with a compiler that only pretends.
 """
 
 from __future__ import annotations
@@ -9,21 +10,41 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from host import refusals
 
-ROOT = Path(__file__).parent.parent
-NVCC = shutil.which(os.environ.get("FASTDPO_NVCC", "nvcc"))
+pytest.importorskip("setuptools")
+pybind11 = pytest.importorskip("pybind11")
 
-needs_nvcc = pytest.mark.skipif(
-    NVCC is None or any(importlib.util.find_spec(m) is None for m in ("pybind11", "setuptools")),
-    reason="compiling csrc/ needs nvcc on PATH, pybind11 and setuptools",
-)
+ROOT = Path(__file__).parent.parent
+BINARY = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+setup_py = load("fastdpo_setup_py", ROOT / "setup.py")
+try:
+    NVCC, NO_NVCC = setup_py.find_nvcc(), ""
+except setup_py.CannotBuild as error:
+    NVCC, NO_NVCC = None, str(error)
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason=f"compiling csrc/: {NO_NVCC}")
 
 # Registers a thread for which the kernels were designed: 256 threads a block, and at least 4 blocks
 # a multiprocessor for those that move matrices, 2 for the other.
@@ -32,14 +53,41 @@ MOST_REGISTERS_ELSEWHERE = 128
 MOST_SHARED_BYTES = 48 << 10
 
 
-def build(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder), *arguments],
-        cwd=ROOT,
+        [sys.executable, *arguments],
+        cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
+
+
+def build(folder: Path, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ("setup.py", "build_ext", "--build-lib", str(folder))
+    return python(*command, cwd=root, **environment)
+
+
+def copy_checkout(folder: Path) -> Path:
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / name, folder)
+    for name in ("csrc", "fastdpo"):
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+def script(path: Path, *lines: str) -> str:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def command_of(rule: str, ninja_text: str) -> list[str]:
+    (command,) = re.findall(rf"^rule {rule}\n  command = (.*)$", ninja_text, re.MULTILINE)
+    return shlex.split(command.replace("$$", "$"))
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +101,34 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def module(built):
-    spec = importlib.util.spec_from_file_location("fastdpo._cuda", built)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return load("fastdpo._cuda", built)
+
+
+class Checkout:
+    """A copy that was built for one architecture, with spaces and worse in the names of folders."""
+
+    def __init__(self, folder: Path):
+        self.root = copy_checkout(folder / "a check out")
+        shutil.copytree(pybind11.__path__[0], folder / "site packages" / "pybind11")
+        compiler = folder / "the $HOME of 'nvcc'" / "nvcc"
+        self.environment = {
+            "FASTDPO_BUILD_CUDA": "1",
+            "FASTDPO_CUDA_ARCHS": "9.0",
+            "FASTDPO_NVCC": script(compiler, f'exec {shlex.quote(NVCC or "")} "$@"'),
+            "PYTHONPATH": str(folder / "site packages"),
+        }
+        self.done = build(folder / "built", self.root, **self.environment)
+        self.objects = self.root / "build" / f"cuda-{sysconfig.get_config_var('SOABI')}"
+
+    def ninja_text(self) -> str:
+        return (self.objects / "build.ninja").read_text()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Checkout:
+    made = Checkout(tmp_path_factory.mktemp("checkout"))
+    assert made.done.returncode == 0, made.done.stdout[-5000:] + made.done.stderr[-5000:]
+    return made
 
 
 def cuobjdump() -> str:
@@ -76,6 +146,9 @@ def cuobjdump() -> str:
 
 @needs_nvcc
 def test_it_was_built_for_what_it_says(module):
+    sass, ptx = setup_py.architectures(NVCC)
+    assert list(module.SASS_ARCHITECTURES) == sass
+    assert list(module.PTX_ARCHITECTURES) == ptx
     assert module.SASS_ARCHITECTURES[-1] in module.PTX_ARCHITECTURES
     for architecture in module.SASS_ARCHITECTURES:
         module.check_architecture(architecture // 10, architecture % 10)
@@ -208,10 +281,8 @@ def test_architectures_that_do_not_exist_are_refused(tmp_path, architectures, me
 
 
 @needs_nvcc
-def test_a_spill_is_an_error(tmp_path):
-    """The flags with which the build compiles, on a kernel that cannot but spill."""
-    text = (ROOT / "setup.py").read_text()
-    (flag,) = re.findall(r'"(-Xptxas=[^"]*)"', text)
+def test_a_spill_is_an_error(checkout, tmp_path):
+    """The command with which the build compiles, on a kernel that cannot but spill."""
     source = tmp_path / "spills.cu"
     source.write_text(
         "__global__ void __launch_bounds__(1024) spills(float* p, int n) {\n"
@@ -223,11 +294,153 @@ def test_a_spill_is_an_error(tmp_path):
         "  for (int i = 0; i < 80; ++i) p[(i + 1) * n] = a[i] * a[(i + 40) % 80];\n"
         "}\n"
     )
-    assert NVCC is not None
-    done = subprocess.run(
-        [NVCC, "-arch=sm_90", flag, "-c", source, "-o", tmp_path / "spills.o"],
-        capture_output=True,
-        text=True,
-    )
+    names = {"$in": str(source), "$out": "spills.o", "$out.d": "spills.o.d"}
+    command = [names.get(word, word) for word in command_of("kernel", checkout.ninja_text())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0
     assert "spilled to local memory" in done.stderr
+
+
+@needs_nvcc
+def test_the_flags_of_the_kernels(checkout):
+    command = command_of("kernel", checkout.ninja_text())
+    assert "-lineinfo" in command
+    assert "-fmad=false" in command
+    # -use_fast_math is the same flag, and its parts are flags as well.
+    approximate = r"-?-(use_fast_math|ftz=true|prec-div=false|prec-sqrt=false)"
+    assert not [word for word in command if re.match(approximate, word)]
+    targets = [word for word in command if word.startswith("-gencode")]
+    assert targets == ["-gencode=arch=compute_90,code=sm_90"]
+
+
+def included(name: str) -> set[str]:
+    """The headers of csrc/ that this file sees."""
+    found = set(re.findall(r'^#include "(.*)"', (ROOT / "csrc" / name).read_text(), re.MULTILINE))
+    return found.union(*map(included, found))
+
+
+@needs_nvcc
+def test_a_changed_header_rebuilds_what_includes_it_and_nothing_else(checkout):
+    csrc = checkout.root / "csrc"
+    sources = [path for path in csrc.iterdir() if path.suffix in (".cu", ".cpp")]
+    headers = [path for path in csrc.iterdir() if path.suffix in (".cuh", ".h")]
+    assert included("logits_forward.cu") >= {"online_sum.cuh", "common.cuh"}
+    ninja = [setup_py.find_ninja(), "-C", str(checkout.objects), "-n"]
+    for header in headers:
+        before = header.stat()
+        os.utime(header)
+        listing = subprocess.run(ninja, capture_output=True, text=True, check=True).stdout
+        os.utime(header, ns=(before.st_atime_ns, before.st_mtime_ns))
+        rebuilt = set(re.findall(r"\] (?:kernel|binding) (\S+)\.o$", listing, re.MULTILINE))
+        assert rebuilt == {p.stem for p in sources if header.name in included(p.name)}, header
+    listing = subprocess.run(ninja, capture_output=True, text=True, check=True).stdout
+    assert "no work to do" in listing
+
+
+@needs_nvcc
+def test_a_wheel_has_the_extension_and_imports_anywhere_else(checkout, tmp_path):
+    pytest.importorskip("pip")
+    pip = ("-m", "pip", "--disable-pip-version-check")
+    wheel = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path))
+    done = python(*pip, *wheel, ".", cwd=checkout.root, **checkout.environment)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    (built,) = tmp_path.glob("fastdpo-*.whl")
+    target = tmp_path / "site"
+    install = ("install", "--no-deps", "--no-index", "--target", str(target), str(built))
+    done = python(*pip, *install, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    code = "import fastdpo._cuda as c; print(c.__file__, *c.SASS_ARCHITECTURES, sep='\\n')"
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(target))
+    assert done.stdout.splitlines() == [str(target / "fastdpo" / BINARY), "90"], done.stderr
+
+
+# What pip calls for `pip install .` and `pip install --editable .`, and the development loop.
+WHEEL, EDITABLE = (
+    ("-c", f"import setuptools.build_meta as m; print(m.build_{kind}('dist'))")
+    for kind in ("wheel", "editable")
+)
+IN_PLACE = ("setup.py", "build_ext", "--inplace")
+LISTS_AN_ARCHITECTURE = '[ "$1" = --list-gpu-arch ] && echo compute_90 && exit'
+
+
+@pytest.fixture(scope="module")
+def pretended(tmp_path_factory) -> Path:
+    return copy_checkout(tmp_path_factory.mktemp("pretended") / "checkout")
+
+
+@pytest.mark.parametrize("how", [WHEEL, EDITABLE, IN_PLACE], ids=["wheel", "editable", "inplace"])
+@pytest.mark.parametrize("why", ["it does not compile", "there is no nvcc", "it is not wanted"])
+def test_what_is_not_built_is_not_left_from_an_earlier_build(pretended, tmp_path, how, why):
+    compiles = script(
+        tmp_path / "nvcc",
+        LISTS_AN_ARCHITECTURE,
+        "while [ $# -gt 1 ]; do",
+        '  case $1 in -MF) echo "object:" > "$2" ;; -o) echo binary > "$2" ;; esac',
+        "  shift",
+        "done",
+    )
+    fails = script(tmp_path / "failing", LISTS_AN_ARCHITECTURE, "exit 1")
+    mode, nvcc = {
+        "it does not compile": ("auto", fails),
+        "there is no nvcc": ("auto", "no-such-nvcc"),
+        "it is not wanted": ("0", compiles),
+    }[why]
+
+    def binaries(mode: str, nvcc: str) -> list[str]:
+        environment = {"FASTDPO_BUILD_CUDA": mode, "FASTDPO_NVCC": nvcc, "FASTDPO_CUDA_ARCHS": ""}
+        done = python(*how, cwd=pretended, **environment)
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+        assert ("fastdpo._cuda is not built" in done.stderr) == (mode == "auto")
+        if how is not WHEEL:
+            return [path.name for path in (pretended / "fastdpo").glob("*.so")]
+        with zipfile.ZipFile(pretended / "dist" / done.stdout.split()[-1]) as wheel:
+            return [Path(name).name for name in wheel.namelist() if name.endswith(".so")]
+
+    assert binaries("1", compiles) == [BINARY]
+    assert binaries(mode, nvcc) == []
+
+
+@pytest.mark.parametrize(
+    ("known", "sass", "ptx"),
+    [
+        ((75, 80, 86, 87, 89, 90, 100, 103, 120), [80, 86, 89, 90, 100, 120], [120]),
+        ((70, 75, 80, 86, 89, 90), [80, 86, 89, 90], [90]),  # no 12.0: PTX of the last there is
+        ((50, 80), [80], [80]),
+    ],
+)
+def test_default_architectures_are_those_that_the_compiler_knows(
+    tmp_path, monkeypatch, known, sass, ptx
+):
+    monkeypatch.delenv("FASTDPO_CUDA_ARCHS", raising=False)
+    nvcc = script(tmp_path / "nvcc", *(f"echo compute_{number}" for number in known))
+    assert setup_py.architectures(nvcc) == (sass, ptx)
+    text = setup_py.ninja_text(nvcc, tmp_path / BINARY)
+    codes = [f"sm_{number}" for number in sass] + [f"compute_{number}" for number in ptx]
+    assert re.findall(r",code=(\w+)", " ".join(command_of("kernel", text))) == codes
+
+
+def test_a_compiler_that_knows_no_default_architecture_builds_nothing(tmp_path, monkeypatch):
+    monkeypatch.delenv("FASTDPO_CUDA_ARCHS", raising=False)
+    with pytest.raises(setup_py.CannotBuild, match=r"knows none of 8\.0;"):
+        setup_py.architectures(script(tmp_path / "nvcc", "echo compute_75"))
+
+
+def test_where_nvcc_is_looked_for(tmp_path, monkeypatch):
+    """FASTDPO_NVCC and nowhere else if given; PATH; CUDA_HOME; CUDA_PATH; /usr/local/cuda."""
+    names = {"PATH": "", "CUDA_HOME": "home", "CUDA_PATH": "cuda path", "FASTDPO_NVCC": "named"}
+    there = {name: tmp_path / folder / "bin" / "nvcc" for name, folder in names.items()}
+    for name, path in there.items():
+        path.parent.mkdir(parents=True)
+        script(path)
+        value = {"PATH": path.parent, "FASTDPO_NVCC": path}.get(name, path.parent.parent)
+        monkeypatch.setenv(name, str(value))
+    for name in ("FASTDPO_NVCC", "PATH", "CUDA_HOME", "CUDA_PATH"):
+        assert setup_py.find_nvcc() == str(there[name])
+        there[name].unlink()
+        if name == "FASTDPO_NVCC":
+            with pytest.raises(setup_py.CannotBuild, match="named"):
+                setup_py.find_nvcc()
+            monkeypatch.delenv(name)
+    installed = "/usr/local/cuda/bin/nvcc"
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == installed else None)
+    assert setup_py.find_nvcc() == installed
