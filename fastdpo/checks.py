@@ -90,10 +90,7 @@ def lm_head(
         _same_device(name, hidden, f"{prefix}bias", bias)
         if not bias.is_floating_point() or (compute is None and bias.dtype != hidden.dtype):
             fail(f"{prefix}bias", f"of {name}'s dtype {hidden.dtype}", bias.dtype)
-    is_number("logit_scale", logit_scale)
-    is_number("temperature", temperature, positive=True)
-    if softcap is not None:
-        is_number("softcap", softcap, positive=True)
+    _transform(logit_scale, softcap, temperature)
     return Head(
         weight,
         bias,
@@ -101,6 +98,42 @@ def lm_head(
         None if softcap is None else float(softcap),
         float(temperature),
     )
+
+
+def materialized(
+    logits: Tensor,
+    cu_seqlens: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Head:
+    """What is still to be done to logits [2B, T, V], or [N, V] with cu_seqlens."""
+    is_tensor("logits", logits)
+    if not logits.is_floating_point():
+        fail("logits", "of a floating-point dtype", logits.dtype)
+    if cu_seqlens is None:
+        if logits.dim() != 3 or logits.shape[-1] == 0:
+            should = "of shape [2B, T, V] with V > 0, or [N, V] with cu_seqlens"
+            fail("logits", should, shape(logits))
+    else:
+        if logits.dim() != 2 or logits.shape[-1] == 0:
+            fail("logits", "of shape [N, V] with V > 0, with cu_seqlens", shape(logits))
+        boundaries(cu_seqlens, logits.shape[0], logits, of="logits")
+    _transform(logit_scale, softcap, temperature)
+    return Head(
+        logits.new_empty(0),
+        None,
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+    )
+
+
+def _transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
+    is_number("logit_scale", logit_scale)
+    is_number("temperature", temperature, positive=True)
+    if softcap is not None:
+        is_number("softcap", softcap, positive=True)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype | None:
@@ -233,6 +266,7 @@ def boundaries(
     value: Tensor,  # [S + 1]
     total: int,
     like: Tensor,
+    of: str = "hidden",
 ) -> Tensor:
     """Boundaries of a packed batch. Their values are checked on the CPU only, so as not to wait for
     a GPU.
@@ -244,7 +278,7 @@ def boundaries(
             "a one-dimensional tensor of int32 or int64, [2B + 1]",
             f"{value.dtype} {shape(value)}",
         )
-    _same_device("hidden", like, "cu_seqlens", value)
+    _same_device(of, like, "cu_seqlens", value)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = value.tolist()
         if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in itertools.pairwise(ends)):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,34 @@ def token_logps(
     return _LogitsLogps.apply(logits, labels, head, backend)
 
 
+def fused_loss(logits: Tensor, backend: str | None) -> ModuleType | None:
+    """The backend that takes such logits to the DPO sigmoid loss in one launch sequence, if the one
+    that serves them does.
+    """
+    module = select.primitive("logits_logps", logits, backend)
+    return module if hasattr(module, "logits_sequence_loss") else None
+
+
+def sigmoid_loss(
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...], negative where a row carries no loss
+    head: Head,
+    offsets: Tensor,  # [2B + 1] over the M rows
+    ref_logps: Tensor,  # [2B]
+    *,
+    beta: float,
+    label_smoothing: float,
+    average: bool,
+    pairs: str,
+    module: ModuleType,  # of `fused_loss`
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The DPO sigmoid loss [], the sequences' log-probabilities [2B] and their rewards [2B]
+    (detached).
+    """
+    options = (beta, label_smoothing, average, pairs)
+    return _LogitsLoss.apply(logits, labels, head, offsets, ref_logps.detach(), options, module)
+
+
 class _LogitsLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, head: Head, backend: str | None) -> Tensor:
@@ -48,13 +77,67 @@ class _LogitsLogps(torch.autograd.Function):
     def backward(ctx, grad_logps: Tensor):
         logits, labels, lse = ctx.saved_tensors
         in_place = logits.is_contiguous() and _unshared(_holders(logits))
-        rows = _rows(logits)
-        # `rows` itself and no second view of it: a backend tells by that.
-        out = rows if in_place else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         module = select.primitive("logits_logps_backward", logits, ctx.backend)
         grad = grad_logps.to(lse.dtype).flatten()
-        module.logits_logps_backward(grad, rows, labels.flatten(), lse, ctx.head, out)
-        return logits if in_place else out.view(logits.shape), None, None, None
+        return _gradient(module, grad, logits, labels, lse, ctx.head, in_place), None, None, None
+
+
+class _LogitsLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, head: Head, offsets, ref_logps, options, module: ModuleType):
+        ctx.set_materialize_grads(False)
+        _alone()
+        found = module.logits_sequence_loss(
+            _rows(logits), labels.flatten(), head, offsets, ref_logps, *options
+        )
+        ctx.save_for_backward(logits, labels, found.lse)
+        # What nobody writes over is kept beside: `_alone` has measured three saved tensors.
+        ctx.rows, ctx.offsets, ctx.average = found.row_coefficients, offsets, options[2]
+        ctx.head, ctx.module = head, module
+        ctx.mark_non_differentiable(found.loss.rewards)
+        return found.loss.loss, found.loss.logps, found.loss.rewards
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor | None, grad_logps: Tensor | None, _grad_rewards):
+        logits, labels, lse = ctx.saved_tensors
+        in_place = logits.is_contiguous() and _unshared(_holders(logits))
+        grad, scale = ctx.rows, grad_loss
+        if grad_loss is None:
+            grad = torch.zeros_like(grad)
+        if grad_logps is not None:
+            grad = grad if grad_loss is None else grad * grad_loss
+            grad, scale = grad + _per_row(ctx, grad_logps, labels.flatten()), None
+        grad = _gradient(ctx.module, grad, logits, labels, lse, ctx.head, in_place, scale)
+        return grad, *(None,) * 6
+
+
+def _per_row(ctx, grad_logps: Tensor, labels: Tensor) -> Tensor:  # [2B], [M] -> [M]
+    """∂/∂ of the sequences' sums (or averages), for each of their rows."""
+    lengths = ctx.offsets.diff()
+    carries = (labels >= 0).to(grad_logps.dtype)
+    if ctx.average:
+        before = torch.nn.functional.pad(carries.cumsum(0), (1, 0))
+        grad_logps = grad_logps / before[ctx.offsets].diff().clamp(min=1)
+    return grad_logps.repeat_interleave(lengths, output_size=labels.numel()) * carries
+
+
+def _gradient(
+    module: ModuleType,
+    grad: Tensor,  # [M]
+    logits: Tensor,  # [..., V]
+    labels: Tensor,  # [...]
+    lse: Tensor,  # [M, 2]
+    head: Head,
+    in_place: bool,
+    scale: Tensor | None = None,  # [], where the module multiplies by one
+) -> Tensor:  # [..., V]
+    rows = _rows(logits)
+    # `rows` itself and no second view of it: a backend tells by that.
+    out = rows if in_place else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    options = {} if scale is None else {"grad_scale": scale}
+    module.logits_logps_backward(grad, rows, labels.flatten(), lse, head, out, **options)
+    return logits if in_place else out.view(logits.shape)
 
 
 def _rows(logits: Tensor) -> Tensor:  # [..., V] -> [M, V]

@@ -2,11 +2,12 @@
 
     linear_logps         hidden states and an lm_head to per-token log-probabilities
     linear_dpo_loss      ... to the preference loss of a batch of pairs
+    logits_dpo_loss      materialized logits to the same loss
     get_batch_logps      materialized logits to sequence log-probabilities
     preference_loss      sequence log-probabilities to losses and rewards
     FusedLinearDPOLoss   a drop-in for Liger-Kernel's LigerFusedLinearDPOLoss
 
-The third and fourth keep the names and the semantics of the original DPO repository.
+The fourth and fifth keep the names and the semantics of the original DPO repository.
 
 Everything is checked here, before anything is computed: bad input gets a ValueError that names the
 argument. What the functions compute, and why it is fast, is in `fastdpo.linear`; the list of
@@ -26,7 +27,13 @@ from fastdpo import checks, compiled, linear, objectives, rows, sequences
 from fastdpo.head import Head
 from fastdpo.logits import token_logps as _token_logps_of_logits
 from fastdpo.parallel import SequenceParallel, VocabParallel
-from fastdpo.preference import chosen_nll, mean_logits, segments_of, sequence_objective
+from fastdpo.preference import (
+    chosen_nll,
+    logits_objective,
+    mean_logits,
+    segments_of,
+    sequence_objective,
+)
 
 __all__ = [
     "FusedLinearDPOLoss",
@@ -36,6 +43,7 @@ __all__ = [
     "get_batch_logps",
     "linear_dpo_loss",
     "linear_logps",
+    "logits_dpo_loss",
     "preference_loss",
 ]
 
@@ -277,6 +285,89 @@ def linear_dpo_loss(
     if not stats:
         return output
     return LinearDPOStats(*output, _at_labels(tokens, carrying, labels, detach=True))
+
+
+def logits_dpo_loss(
+    logits: Tensor,  # [2B, T, V] or [N, V]
+    labels: Tensor,  # [2B, T] or [N]
+    *,
+    ref_logps: Tensor | None = None,  # [2B] or like labels
+    beta: float = 0.1,
+    objective: str | Sequence[str] | Mapping[str, float] = "sigmoid",
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    pairs: str = "concatenated",
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+    cu_seqlens: Tensor | None = None,  # [2B + 1]
+    **objective_options: object,
+) -> LinearDPOOutput:
+    """`linear_dpo_loss` for code that has the policy's logits already.
+
+    They are read once, and their gradient is written over them where nothing else holds them and
+    the graph is not retained. On the CUDA C++ backend the default objective is one launch sequence
+    from the logits to the loss and its coefficients.
+
+    Args:
+        logits: [2B, T, V], any floating-point dtype; or packed, [N, V] with `cu_seqlens`.
+        labels: [2B, T] (packed: [N]), aligned with logits: the label of a position is the token to
+            predict there.
+        ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss
+            (averages where `average_log_prob`, weighted where `ld_alpha`), or per token, shaped
+            like labels. None: the loss is reference-free.
+        beta, objective, label_smoothing, average_log_prob, pairs, ignore_index, backend,
+            cu_seqlens, **objective_options: as in `linear_dpo_loss`; `use_weighting` needs hidden
+                states.
+        logit_scale, softcap, temperature: what is still to be done to the logits, as in
+            `linear_logps`.
+
+    Returns:
+        LinearDPOOutput, as `linear_dpo_loss`.
+
+    Raises:
+        ValueError: naming the argument, before anything is computed.
+        fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
+    """
+    head = checks.materialized(logits, cu_seqlens, logit_scale, softcap, temperature)
+    pairs = checks.pairs(pairs)
+    labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
+    resolved = objectives.resolve(
+        objective,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        has_reference=ref_logps is not None,
+        options=objective_options,
+    )
+    if resolved.wpo:
+        checks.fail("use_weighting", "off: logits_dpo_loss has no Σp² of its tokens", "it")
+    count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    checks.sequence_count(count, resolved, logits.device, cu_seqlens)
+    per_token_reference = checks.reference_logps(ref_logps, labels, count)
+    backend = checks.backend(backend)
+    checks.label_rows(labels.flatten(), ignore_index, logits.shape[-1], None)
+
+    segments = segments_of(labels, ignore_index, cu_seqlens, None, every_row=True)
+    carrying = labels.masked_fill(labels == ignore_index, -1)
+    ref_tokens = None
+    if per_token_reference and ref_logps is not None:
+        ref_tokens = ref_logps.detach().masked_fill(carrying < 0, 0.0).flatten()
+    return LinearDPOOutput(
+        *logits_objective(
+            logits,
+            carrying,
+            head,
+            ref_tokens,
+            ref_logps,
+            segments,
+            resolved,
+            average_log_prob,
+            pairs,
+            backend,
+        )
+    )
 
 
 def get_batch_logps(

@@ -1,6 +1,7 @@
 """From the log-probabilities of a batch's tokens to its preference loss.
 
-Between `fastdpo.linear`, which knows rows, and `fastdpo.objectives`, which know sequences.
+Between `fastdpo.linear` and `fastdpo.logits`, which know rows, and `fastdpo.objectives`, which know
+sequences.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fastdpo import linear, objectives, rows, sequences
+from fastdpo import linear, logits, objectives, rows, sequences
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
 from fastdpo.parallel import SequenceParallel
@@ -21,8 +22,9 @@ def segments_of(
     ignore_index: int,
     cu_seqlens: Tensor | None,  # [S + 1]
     row_index: Tensor | None,  # [N]
+    every_row: bool = False,
 ) -> sequences.Segments:
-    """Which rows belong to which sequence."""
+    """Which rows belong to which sequence: of those that carry loss, or of `every_row`."""
     carries = labels != ignore_index
     if row_index is not None:
         carries = torch.zeros_like(carries).flatten().index_fill(0, row_index, True)
@@ -33,7 +35,7 @@ def segments_of(
     else:
         lengths = rows.lengths_packed(carries, cu_seqlens)
         positions = cu_seqlens.long().diff()
-    if torch.compiler.is_compiling():
+    if every_row or torch.compiler.is_compiling():
         return sequences.Segments(positions, lengths, carries.flatten())
     return sequences.Segments(lengths, lengths)
 
@@ -104,6 +106,46 @@ def sequence_objective(
             averaged=average,
         )
     )
+
+
+def logits_objective(
+    z: Tensor,  # [..., V] logits
+    labels: Tensor,  # [...], negative where a row carries no loss
+    head: Head,
+    ref_tokens: Tensor | None,  # [M], 0 where a row carries no loss
+    ref_logps: Tensor | None,  # [S], where ref_tokens is None
+    segments: sequences.Segments,  # of every row
+    resolved: objectives.ResolvedObjective,
+    average: bool,
+    pairs: str,
+    backend: str | None,
+) -> objectives.ObjectiveOutput:
+    """Materialized logits to the loss: in one launch sequence, where a backend has it."""
+    module = logits.fused_loss(z, backend) if resolved.fused_sigmoid else None
+    if module is None or torch.compiler.is_compiling():
+        tokens = linear.TokenLogps(logits.token_logps(z, labels, head, backend).flatten())
+        ref_tokens = None if ref_tokens is None else ref_tokens.to(tokens.logps.dtype)
+        return sequence_objective(
+            tokens, ref_tokens, ref_logps, segments, resolved, average, pairs, backend
+        )
+    if ref_tokens is not None:
+        ref_logps = sequences.sequence_sums(ref_tokens.float(), segments.rows)
+        ref_logps = segments.average(ref_logps) if average else ref_logps
+    elif ref_logps is None:
+        ref_logps = z.new_zeros(segments.rows.shape, dtype=torch.float32)
+    loss, sums, rewards = logits.sigmoid_loss(
+        z,
+        labels,
+        head,
+        sequences.offsets_of(segments.rows),
+        ref_logps,
+        beta=resolved.beta,
+        label_smoothing=resolved.label_smoothing,
+        average=average,
+        pairs=pairs,
+        module=module,
+    )
+    return objectives.ObjectiveOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
 
 
 def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B], [B]

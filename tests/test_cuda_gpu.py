@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from host import cases
+from host.public_cases import check_logits_dpo_loss
 
 from fastdpo.backends import cuda
 
@@ -49,6 +50,15 @@ def test_any_alignment_and_row_stride(dtype, offset):
     cases.check_forward(cuda, logits, labels)
     wide = torch.full((4 * 40101 + 8,), cases.POISON, dtype=dtype, device=DEVICE)
     cases.check_backward(cuda, logits, labels, wide[3:].as_strided((4, 40037), (40101, 1)))
+
+
+@pytest.mark.parametrize("reference", ["sequences", "tokens", "none"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_logits_to_the_loss(monkeypatch, dtype, average, packed, reference):
+    monkeypatch.setenv("FASTDPO_BACKEND", "cuda")
+    check_logits_dpo_loss(dtype, packed, reference, device=DEVICE, average_log_prob=average)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -221,6 +231,7 @@ SANITIZED = """
 import sys
 import torch
 from host import cases
+from host.public_cases import check_logits_dpo_loss
 from fastdpo.backends import cuda
 for dtype in cases.DTYPES:
     for vocab, offset in ((9, 1), (1037, 3), (40037, 5)):

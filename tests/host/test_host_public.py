@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from host.public_cases import check_logits_dpo_loss
 from oracle import assert_as_accurate
 from test_linear_logps import check, make
 
@@ -108,3 +109,19 @@ def test_the_operators():
         (ops.logits_sequence_loss, (logits, labels, offsets, ref, *transform, *loss)),
     ):  # fmt: skip
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("reference", ["sequences", "tokens", "none"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_to_the_loss_in_one_launch_sequence(monkeypatch, dtype, average, packed, reference):
+    calls = []
+    module = select.primitive("logits_logps", torch.empty(1, dtype=dtype))
+    fused = module.logits_sequence_loss
+    monkeypatch.setattr(
+        module, "logits_sequence_loss", lambda *a: calls.append(len(a)) or fused(*a)
+    )
+    options = {"average_log_prob": average, "label_smoothing": 0.1, "pairs": "interleaved"}
+    check_logits_dpo_loss(dtype, packed, reference, **options)
+    assert len(calls) == 1
