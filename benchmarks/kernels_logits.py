@@ -1,4 +1,6 @@
-"""logits_logps and its backward, beside what PyTorch makes of them: eager, and torch.compile."""
+"""logits_logps and its backward, and logits to the loss, beside what PyTorch makes of them: eager,
+and torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from benchmarks.scenarios import HEADS
 from fastdpo.backends import select
 from fastdpo.head import Head
 
+_SEQUENCES = 8
 Function = Callable[[Tensor, Tensor, float | None], Tensor]
 
 
@@ -31,6 +34,7 @@ def contests(shape: Shape, device: torch.device) -> Iterator[Contest]:
     labels = torch.randint(vocab, (shape.rows,), device=device)
     yield _forward(shape, logits, labels, softcap)
     yield _backward(shape, logits, labels, softcap)
+    yield _loss(shape, logits, labels, softcap)
 
 
 def _forward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | None) -> Contest:
@@ -42,6 +46,10 @@ def _forward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float 
         name: lambda i, m=module: m.logits_logps(logits[i % count], labels, head)
         for name, module in found.items()
     }
+    if "cuda" in found:  # a row's parts put together by a launch instead of by its last block
+        steps["cuda, second launch"] = lambda i: found["cuda"].logits_logps(
+            logits[i % count], labels, head, second_launch=True
+        )
     for name, function in _pytorch(first.device, absent).items():
         steps[name] = lambda i, f=function: f(logits[i % count], labels, softcap)
     floor = copy_of(work.bytes, first.device)
@@ -70,6 +78,51 @@ def _backward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float
         steps[name] = _Graphs(function, logits, labels, softcap, grad)
     floor = copy_of(work.bytes, first.device)
     return Contest("logits_logps_backward", shape.as_dict(), work, COPY, floor, steps, absent)
+
+
+def _loss(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | None) -> Contest:
+    """The forward to the DPO sigmoid loss of pairs: as one sequence of launches where there is one,
+    and primitive by primitive.
+    """
+    first, count, rows = logits[0], len(logits), labels.numel()
+    head = Head(first.new_empty(0), softcap=softcap)
+    sequences = min(_SEQUENCES, rows // 2 * 2)
+    ends = [rows * s // sequences for s in range(sequences + 1)]
+    offsets = torch.tensor(ends, device=first.device)
+    lengths = offsets.diff()
+    ref = torch.zeros(sequences, device=first.device)
+    options = (0.1, 0.0, False, "concatenated")
+    found, absent = serving("logits_logps", first)
+    losses, _ = serving("sequence_loss", first.new_empty(0, dtype=torch.float32))
+    work = kernels_model.logits_logps(*first.shape, first.element_size())
+
+    def by_primitives(name: str) -> Step:
+        def run(i: int) -> None:
+            logps, _ = found[name].logits_logps(logits[i % count], labels, head)
+            losses[name].sequence_loss(logps, offsets, ref, *options)
+
+        return run
+
+    def fused(module: ModuleType) -> Step:
+        return lambda i: module.logits_sequence_loss(
+            logits[i % count], labels, head, offsets, ref, *options
+        )
+
+    steps = {name: by_primitives(name) for name in found if name in losses}
+    for name, module in found.items():
+        if hasattr(module, "logits_sequence_loss"):
+            steps[f"{name}, fused"] = fused(module)
+    for name, function in _pytorch(first.device, absent).items():
+
+        def run(i: int, function: Function = function) -> Tensor:
+            logps = function(logits[i % count], labels, softcap)
+            sums = torch.segment_reduce(logps, "sum", lengths=lengths, unsafe=True)
+            margins = 0.1 * (sums - ref).view(2, -1).diff(dim=0)
+            return -torch.nn.functional.logsigmoid(-margins).mean()
+
+        steps[name] = run
+    floor = copy_of(work.bytes, first.device)
+    return Contest("logits_sequence_loss", shape.as_dict(), work, COPY, floor, steps, absent)
 
 
 class _Graphs:

@@ -109,11 +109,12 @@ void bind_logits_forward(const py::int_& logits, const py::int_& dtype_tag, cons
                          const py::int_& vocab, const py::int_& row_stride, const py::int_& labels,
                          double scale, double softcap, double temperature, const py::int_& logps,
                          const py::int_& lse, const py::int_& workspace,
-                         const py::int_& workspace_bytes, const py::int_& device,
-                         const py::int_& stream_) {
+                         const py::int_& workspace_bytes, bool second_launch,
+                         const py::int_& device, const py::int_& stream_) {
   const DType type = dtype(dtype_tag, "dtype");
   const int64_t rows = count(rows_, "rows");
   LogitsForwardParams p{};
+  p.rows = rows;
   p.vocab = columns(vocab, "vocab");
   p.row_stride = count(row_stride, "row_stride");
   p.splits = splits(rows, logits_forward_splits(type, p.vocab));
@@ -130,7 +131,7 @@ void bind_logits_forward(const py::int_& logits, const py::int_& dtype_tag, cons
     refuse("workspace_bytes", "must be at least " + std::to_string(needed));
   }
   char* memory = pointer<char>(workspace, "workspace", 8, needed == 0);
-  p.counters = reinterpret_cast<unsigned*>(memory);
+  p.counters = second_launch ? nullptr : reinterpret_cast<unsigned*>(memory);
   if (needed > 0) p.partials = reinterpret_cast<float2*>(memory + partials_offset(rows));
   const cudaStream_t stream = stream_handle(stream_);
   const int index = device_index(device);
@@ -153,11 +154,11 @@ void bind_logits_backward(const py::int_& logits, const py::int_& dtype_tag, con
   p.row_stride = count(row_stride, "row_stride");
   p.out_stride = count(out_stride, "out_stride");
   p.grad_stride = count(grad_stride, "grad_stride");
-  p.splits = splits(rows, logits_backward_splits(out_type, p.vocab));
   p.map = logit_map(scale, softcap, temperature);
   const bool empty = rows == 0;
   p.logits = pointer<const void>(logits, "logits", size_of(type), empty);
   p.out = pointer<void>(out, "out", size_of(out_type), empty);
+  p.splits = splits(rows, logits_backward_splits(out_type, p.vocab, p.out, p.out_stride));
   p.labels = array<const int64_t>(labels, "labels", empty);
   p.lse = array<const float>(lse, "lse", empty);
   p.grad = array<const float>(grad, "grad", empty);
@@ -288,8 +289,10 @@ PYBIND11_MODULE(FASTDPO_MODULE, m) {
   m.def("logits_forward", &bind_logits_forward, py::kw_only(), arg("logits"), arg("dtype"),
         arg("rows"), arg("vocab"), arg("row_stride"), arg("labels"), arg("scale"), arg("softcap"),
         arg("temperature"), arg("logps"), arg("lse"), arg("workspace"), arg("workspace_bytes"),
-        arg("device"), arg("stream"),
-        "logps [rows] and lse [rows, 2] (float32) of logits [rows, vocab] and labels [rows] (int64).");
+        arg("second_launch"), arg("device"), arg("stream"),
+        "logps [rows] and lse [rows, 2] (float32) of logits [rows, vocab] and labels [rows] "
+        "(int64). With second_launch the parts of a row are put together by a launch of their own "
+        "instead of by the last block, to the same bits.");
   m.def("logits_backward", &bind_logits_backward, py::kw_only(), arg("logits"), arg("dtype"),
         arg("rows"), arg("vocab"), arg("row_stride"), arg("labels"), arg("lse"), arg("grad"),
         arg("grad_stride"), arg("grad_scale"), arg("scale"), arg("softcap"), arg("temperature"),

@@ -5,10 +5,14 @@
 
 namespace fastdpo {
 
-int64_t logits_backward_splits(DType out_dtype, int64_t vocab) {
+int64_t logits_backward_splits(DType out_dtype, int64_t vocab, const void* out,
+                               int64_t out_stride) {
+  const int64_t size = size_of(out_dtype);
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
+                       out_stride * size % kVectorBytes == 0;
   // Stretches begin at a 16-byte boundary at or before the row: leave room for the furthest.
-  const int64_t bytes = vocab * size_of(out_dtype) + kVectorBytes - size_of(out_dtype);
-  return ceil_div(bytes, logits_backward::kStretchBytes);
+  const int64_t before = aligned ? 0 : kVectorBytes - size;
+  return ceil_div(vocab * size + before, logits_backward::kStretchBytes);
 }
 
 void run_logits_backward(const LogitsBackwardParams& params, DType dtype, DType out_dtype,

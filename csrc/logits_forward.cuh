@@ -6,10 +6,10 @@
 //
 // A row is split into stretches of kStretchBytes, one block each: a function of V and the type
 // alone, whatever the number of rows, so that a row's bits do not depend on the batch. The last
-// block of a row to finish combines the row's partial sums, always in the order of the columns.
-// (Unmeasured: last-block-done was chosen over a second launch because the combination is a few
-// loads by one thread, hidden under other blocks' reading; and over thread block clusters because
-// the same code then runs from sm_80 on.)
+// block of a row to finish combines the row's partial sums, or a second launch does, always in the
+// order of the columns: the bits are the same. (Unmeasured: last-block-done is the default because
+// the combination is a few loads by one thread, hidden under other blocks' reading;
+// `python -m benchmarks.kernels` times both. Thread block clusters would need sm_90.)
 #pragma once
 
 #include "logit_map.cuh"
@@ -78,6 +78,18 @@ __device__ __forceinline__ void write_row(const LogitsForwardParams& p, int64_t 
   p.lse[2 * row + 1] = log_sum;
 }
 
+// Likewise, once all blocks of the row have left their partial sums.
+template <class T, bool kSoftcap>
+__device__ __forceinline__ void combine_row(const LogitsForwardParams& p, int64_t row,
+                                            const T* logits, int64_t label) {
+  OnlineSum total;
+  for (int i = 0; i < p.splits; ++i) {
+    const float2 partial = __ldcg(p.partials + row * p.splits + i);
+    total.add(OnlineSum{partial.x, partial.y});
+  }
+  write_row<T, kSoftcap>(p, row, logits, label, total);
+}
+
 }  // namespace logits_forward
 
 // One block per (row, stretch), stretches of a row next to each other.
@@ -100,15 +112,22 @@ __global__ void __launch_bounds__(kThreads) logits_forward_kernel(const LogitsFo
   if (threadIdx.x != 0) return;
   if (p.splits == 1) return write_row<T, kSoftcap>(p, row, logits, label, total);
 
-  float2* partials = p.partials + row * p.splits;
-  partials[split] = make_float2(total.top, total.sum);
+  p.partials[row * p.splits + split] = make_float2(total.top, total.sum);
+  if (p.counters == nullptr) return;
   if (!last_to_arrive(p.counters + row, static_cast<unsigned>(p.splits))) return;
-  total = OnlineSum{};
-  for (int i = 0; i < p.splits; ++i) {
-    const float2 partial = __ldcg(partials + i);
-    total.add(OnlineSum{partial.x, partial.y});
-  }
-  write_row<T, kSoftcap>(p, row, logits, label, total);
+  combine_row<T, kSoftcap>(p, row, logits, label);
+}
+
+// The second launch: one thread per row.
+template <class T, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads)
+    logits_forward_combine_kernel(const LogitsForwardParams p) {
+  using namespace logits_forward;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (row >= p.rows) return;
+  const int64_t label = p.labels[row];
+  if (label < 0) return;  // the first launch has written its zeros
+  combine_row<T, kSoftcap>(p, row, static_cast<const T*>(p.logits) + row * p.row_stride, label);
 }
 
 }  // namespace fastdpo

@@ -29,9 +29,10 @@ struct LogitsForwardParams {
   const int64_t* labels;  // [rows]; negative: no loss, not read; ≥ vocab: NaN
   float* logps;           // [rows]
   float* lse;             // [rows, 2]: the largest logit, and log Σ exp(z − that)
-  unsigned* counters;     // [rows], zero; unused where splits = 1
+  unsigned* counters;     // [rows], zero; null: partials are combined by a launch of their own
   float2* partials;       // [rows, splits]; unused where splits = 1
-  int64_t row_stride;     // elements
+  int64_t rows;
+  int64_t row_stride;  // elements
   int vocab;
   int splits;
   LogitMap map;

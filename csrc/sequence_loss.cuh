@@ -1,9 +1,12 @@
 // From token log-probabilities to the DPO sigmoid loss (arXiv 2305.18290, equation 7, with label
 // smoothing):
 //
-//     h_s = Σ_t logp_t (divided by the number of tokens where `average`)      r_s = β · (h_s −
-//     ref_s) m_b = r_chosen − r_rejected loss = mean_b −[(1 − ε) · log σ(m_b) + ε · log σ(−m_b)]
-//     ∂loss/∂m_b = (ε − σ(−m_b)) / B       coefficient_s = ± β · ∂loss/∂m_b / count_s
+//     h_s = Σ_t logp_t        divided by the number of tokens where `average`
+//     r_s = β · (h_s − ref_s)
+//     m_b = r_chosen − r_rejected
+//     loss = mean_b −[(1 − ε) · log σ(m_b) + ε · log σ(−m_b)]
+//     ∂loss/∂m_b = (ε − σ(−m_b)) / B
+//     coefficient_s = ± β · ∂loss/∂m_b / count_s
 //
 // Bytes moved: 4 per token (12 with labels), and 4 per token more where the coefficients are wanted
 // expanded to rows. One block per pair; the last one to finish takes the mean. (Unmeasured:

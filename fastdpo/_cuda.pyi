@@ -32,6 +32,7 @@ def logits_forward(
     lse: int,
     workspace: int,
     workspace_bytes: int,
+    second_launch: bool,
     device: int,
     stream: int,
 ) -> None: ...

@@ -312,7 +312,9 @@ def logits_dpo_loss(
     from the logits to the loss and its coefficients.
 
     Args:
-        logits: [2B, T, V], any floating-point dtype; or packed, [N, V] with `cu_seqlens`.
+        logits: [2B, T, V], any floating-point dtype; or packed, [N, V] with `cu_seqlens`. Rows any
+            stride apart are read where they lie; where [2B, T] cannot be viewed as one dimension
+            (`logits[:, :-1]`) they are copied first: ignore the last label instead.
         labels: [2B, T] (packed: [N]), aligned with logits: the label of a position is the token to
             predict there.
         ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss

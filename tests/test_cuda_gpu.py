@@ -36,6 +36,9 @@ def _runs_here():
 def test_logits_there_and_back(vocab, dtype, transform):
     logits, labels = cases.logits_and_labels(dtype, 9, vocab, ignored=(1, 8), device=DEVICE)
     cases.check_forward(cuda, logits, labels, **transform)
+    h = cases.head(logits, **transform)
+    found = (cuda.logits_logps(logits, labels, h, second_launch=s) for s in (False, True))
+    cases.assert_same_bits(*map(cases.bits, found))
     out = torch.full_like(logits, cases.POISON)
     cases.check_backward(cuda, logits, labels, out, **transform)
     cases.check_backward(cuda, logits, labels, logits, **transform)

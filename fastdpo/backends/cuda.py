@@ -123,8 +123,13 @@ def logits_logps(
     logits: Tensor,  # [N, V], any row stride
     labels: Tensor,  # [N]; negative: no loss, not read; ≥ V: NaN
     head: Head,
+    *,
+    second_launch: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N], [N, 2] float32
-    return torch.ops.fastdpo_cuda.logits_logps(logits, labels, *_transform(head))
+    """`second_launch`: the parts of a row are put together by a launch of their own instead of by
+    the row's last block. The bits are the same; which is faster is a benchmark's question.
+    """
+    return torch.ops.fastdpo_cuda.logits_logps(logits, labels, *_transform(head), second_launch)
 
 
 def logits_logps_backward(

@@ -2,7 +2,9 @@
 
 The extension (csrc/) knows nothing of PyTorch. Here device, dtype, shape and strides are checked,
 results and workspaces allocated, and the work queued on the current stream of the tensors' device.
-The fake implementations let torch.compile trace through.
+Tensors may be freed as soon as it is queued, as with PyTorch's own operators: their memory is used
+again in the stream's order (for use on another stream there is `Tensor.record_stream`). The fake
+implementations let torch.compile trace through.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ _LIBRARY.define(
     f"target_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {_TRANSFORM})"
     " -> Tensor"
 )
-_LIBRARY.define(f"logits_logps(Tensor logits, Tensor labels, {_TRANSFORM}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"logits_logps(Tensor logits, Tensor labels, {_TRANSFORM}, bool second_launch=False)"
+    " -> (Tensor, Tensor)"
+)
 _LIBRARY.define(
     "logits_logps_backward(Tensor grad_logps, Tensor logits, Tensor labels, Tensor lse, "
     f"{_TRANSFORM}, Tensor(a!) out, Tensor? grad_scale) -> ()"
@@ -92,6 +97,7 @@ def _logits_logps(
     scale: float,
     softcap: float,
     temperature: float,
+    second_launch: bool = False,  # what puts a row's parts together, instead of the last block
 ) -> tuple[Tensor, Tensor]:  # [N], [N, 2]
     _check_matrix("logits", logits)
     rows, vocab = logits.shape
@@ -110,7 +116,8 @@ def _logits_logps(
             row_stride=logits.stride(0), labels=labels.data_ptr(),
             scale=scale, softcap=softcap, temperature=temperature,
             logps=logps.data_ptr(), lse=lse.data_ptr(),
-            workspace=workspace.data_ptr(), workspace_bytes=bytes_, **queue,
+            workspace=workspace.data_ptr(), workspace_bytes=bytes_, second_launch=second_launch,
+            **queue,
         )  # fmt: skip
     return logps, lse
 
@@ -245,7 +252,7 @@ def _(hidden, weight, bias, labels, scale, softcap, temperature):
 
 
 @torch.library.register_fake("fastdpo_cuda::logits_logps", lib=_LIBRARY)
-def _(logits, labels, scale, softcap, temperature):
+def _(logits, labels, scale, softcap, temperature, second_launch=False):
     rows = logits.shape[0]
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 2)))
 

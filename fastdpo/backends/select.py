@@ -8,6 +8,7 @@ device and dtype.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -20,8 +21,10 @@ NAMES = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FASTDPO_BACKEND"
 
 # Automatic order per primitive on a CUDA device, with what it rests on. UNMEASURED until a GPU has
-# run `python -m benchmarks.kernels`: memory-bound kernels prefer the CUDA C++ build, products
-# prefer Triton, and the torch backend serves whatever the others refuse.
+# run `python -m benchmarks.kernels`: what reads or writes logits and the loss prefer the CUDA C++
+# build, whose loads are wide for any vocabulary; products prefer Triton, and so does the label's
+# logit, which is N rows beside N·V and comes from the backend whose product it anchors; the torch
+# backend serves whatever the others refuse.
 PREFERENCE = {
     "exp_logits": ("triton", "torch"),
     "target_logits": ("triton", "cuda", "torch"),
@@ -77,7 +80,7 @@ def primitive(name: str, like: torch.Tensor, backend: str | None = None) -> Modu
 @functools.cache
 def _serves(backend: str, name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     # Remembered, as it is asked several times a step and what a machine has does not change.
-    available, reason = _available(backend)
+    available, reason = _available(backend, device)
     if not available:
         return False, reason
     module = _module(backend)
@@ -86,12 +89,14 @@ def _serves(backend: str, name: str, device: torch.device, dtype: torch.dtype) -
     return module.supports(device, dtype)
 
 
-def _available(backend: str) -> tuple[bool, str]:
+def _available(backend: str, device: torch.device | None = None) -> tuple[bool, str]:
     try:
         module = _module(backend)
     except ImportError as error:  # triton is no dependency
         return False, str(error)
-    return module.available()
+    there = device is not None and device.type == "cuda" and torch.cuda.is_available()
+    with torch.cuda.device(device) if there else contextlib.nullcontext():
+        return module.available()  # of the device that is current
 
 
 def _module(backend: str) -> ModuleType:

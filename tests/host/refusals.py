@@ -19,7 +19,7 @@ def _base() -> dict[str, dict[str, object]]:
     return {
         "logits_forward": {
             **logits, **transform, **queue, "logps": A, "lse": A,
-            "workspace": A, "workspace_bytes": 1 << 12,
+            "workspace": A, "workspace_bytes": 1 << 12, "second_launch": False,
         },
         "logits_backward": {
             **logits, **transform, **queue, "lse": A, "grad": A, "grad_stride": 1, "grad_scale": 0,

@@ -50,6 +50,16 @@ def test_rows_that_end_where_a_round_or_a_stretch_ends(cuda, dtype, size):
             cases.check_backward(cuda, logits, labels, logits)
 
 
+def test_aligned_rows_take_no_block_more_than_they_need(cuda, host):
+    vocab = STRETCH // 2
+    for offset, blocks in ((0, 1), (8, 1), (1, 2)):
+        logits, labels = cases.logits_and_labels(torch.bfloat16, 3, vocab, offset=offset)
+        _, lse = cuda.logits_logps(logits, labels, cases.head(logits))
+        before = host.blocks()
+        cuda.logits_logps_backward(torch.ones(3), logits, labels, lse, cases.head(logits), logits)
+        assert host.blocks() - before == 3 * blocks
+
+
 def test_the_gradient_is_rounded_to_nearest(cuda):
     """The same bits as PyTorch makes of the fp32 gradient."""
     for dtype in cases.DTYPES[1:]:
@@ -131,6 +141,22 @@ def test_any_schedule_gives_the_same_bits(cuda, host, dtype):
     for seed in (1, 2, 3):
         with host.schedule(seed):
             cases.assert_same_bits(in_order, run())
+
+
+@pytest.mark.parametrize("transform", cases.TRANSFORMS, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_the_last_block_and_a_second_launch_agree_to_the_bit(cuda, dtype, transform):
+    for vocab in (1000, 2 * STRETCH // dtype.itemsize + 777):
+        logits, labels = cases.logits_and_labels(dtype, 300, 1, ignored=(0, 7))
+        logits = logits.repeat(1, vocab) + torch.randn(vocab).to(dtype)
+        h = cases.head(logits, **transform)
+        found = [
+            cases.bits(cuda.logits_logps(logits[:n], labels[:n], h, second_launch=second))
+            for second in (False, True)
+            for n in (3, 300)
+        ]
+        cases.assert_same_bits(found[0], found[2])
+        cases.assert_same_bits(found[1], found[3])
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

@@ -74,7 +74,9 @@ def _structure(pointers: str, *others: tuple[str, Any]) -> type[ctypes.Structure
 
 
 _TAIL = (("vocab", _INT), ("splits", _INT), ("map", _LogitMap))
-_FORWARD = _structure("logits labels logps lse counters partials", ("row_stride", _LONG), *_TAIL)
+_FORWARD = _structure(
+    "logits labels logps lse counters partials", ("rows", _LONG), ("row_stride", _LONG), *_TAIL
+)
 _BACKWARD = _structure(
     "logits out labels lse grad grad_scale",
     *((f"{name}_stride", _LONG) for name in ("row", "out", "grad")),
@@ -104,15 +106,23 @@ def _own(name: str, address: int, length: int, element: int = 4) -> Rows:
 
 
 def _of_forward(p: Any, blocks: int, types: list[int]) -> list[Rows]:
-    rows = blocks // p.splits
-    found = [Rows("logits", p.logits, rows, p.vocab, p.row_stride, types[0])]
-    found += [_vector("labels", p.labels, rows, 8)]
-    found += [_vector("logps", p.logps, rows, unwritten=True)]
-    found += [_vector("lse", p.lse, 2 * rows, unwritten=True)]
+    assert blocks == p.rows * p.splits
+    found = [Rows("logits", p.logits, p.rows, p.vocab, p.row_stride, types[0])]
+    found += [_vector("labels", p.labels, p.rows, 8)]
+    found += [_vector("logps", p.logps, p.rows, unwritten=True)]
+    found += [_vector("lse", p.lse, 2 * p.rows, unwritten=True)]
     if p.splits > 1:
-        found.append(_vector("counters", p.counters, rows, watched=False))
-        found.append(_own("partials", p.partials, rows * p.splits, 8))
+        found.append(_own("partials", p.partials, p.rows * p.splits, 8))
+        if p.counters:
+            found.append(_vector("counters", p.counters, p.rows, watched=False))
     return found
+
+
+def _of_combine(p: Any, _blocks: int, types: list[int]) -> list[Rows]:
+    found = [Rows("logits", p.logits, p.rows, p.vocab, p.row_stride, types[0])]
+    found += [_vector("labels", p.labels, p.rows, 8), _vector("logps", p.logps, p.rows)]
+    found += [_vector("lse", p.lse, 2 * p.rows)]
+    return [*found, _vector("partials", p.partials, p.rows * p.splits, 8)]
 
 
 def _of_backward(p: Any, blocks: int, types: list[int]) -> list[Rows]:
@@ -146,6 +156,7 @@ def _of_loss(p: Any, _blocks: int, _types: list[int]) -> list[Rows]:
 
 _KERNELS = {
     "logits_forward": (_FORWARD, _of_forward), "logits_backward": (_BACKWARD, _of_backward),
+    "logits_forward_combine": (_FORWARD, _of_combine),
     "target_logits": (_TARGET, _of_target), "sequence_loss": (_LOSS, _of_loss),
 }  # fmt: skip
 

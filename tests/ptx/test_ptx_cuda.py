@@ -44,6 +44,9 @@ def test_logits_forward_and_backward(cuda, dtype, transform):
         logits, labels = cases.logits_and_labels(dtype, 4, vocab, ignored=(1,))
         labels[0], labels[2] = 0, vocab - 1
         cases.check_forward(cuda, logits, labels, **transform)
+        h = cases.head(logits, **transform)
+        found = (cuda.logits_logps(logits, labels, h, second_launch=s) for s in (False, True))
+        cases.assert_same_bits(*map(cases.bits, found))
         cases.check_backward(cuda, logits, labels, torch.full_like(logits, torch.nan), **transform)
         cases.check_backward(cuda, logits, labels, logits, **transform)
 
@@ -158,7 +161,7 @@ def broken(executed, kernel: str, pattern: str, replacement: str | None) -> cuda
     """With the first instruction that matches put otherwise, or left out, in some kernels."""
     result = cuda_kernels.Executed(executed.host, 90)
     for name, whole in result.kernels.items():
-        if kernel not in name:
+        if f"{kernel}_kernel" not in name:
             continue
         changed = [dataclasses.replace(i) for i in whole.instructions]
         at = next(n for n, i in enumerate(changed) if re.match(pattern, i.text))
