@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("hypothesis")
 
 from host import cases
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 # Derandomised: a failure is the same on every machine. The fixture is a stateless module.
@@ -50,7 +50,12 @@ def test_logits(cuda, host, data):
         cases.check_forward(cuda, logits, labels, **transform)
         in_place = draw(st.booleans(), "in place")
         out = logits if in_place else torch.full((rows, vocab), cases.POISON, dtype=draw(dtypes))
-        cases.check_backward(cuda, logits, labels, out, **transform)
+        stride = draw(st.integers(0, 3), "the gradient's stride")
+        grad = torch.randn(rows * max(1, stride)).as_strided((rows,), (stride,))
+        scale = (
+            torch.tensor(draw(st.sampled_from([-2.5, 0.0, 1e-3]))) if draw(st.booleans()) else None
+        )
+        cases.check_backward(cuda, logits, labels, out, grad=grad, grad_scale=scale, **transform)
 
 
 @few
@@ -84,4 +89,38 @@ def test_sequence_loss(cuda, host, data):
             label_smoothing=draw(st.sampled_from([0.0, 0.1, 0.5])),
             average=draw(st.booleans()),
             pairs=draw(st.sampled_from(["concatenated", "interleaved"])),
+        )
+
+
+@few
+@given(st.data())
+def test_logits_to_the_loss(cuda, host, data):
+    """With rows that carry no loss, and rows of no sequence before and after them."""
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000), "seed"))
+    half = draw(st.integers(1, 3), "pairs")
+    lengths = draw(st.lists(st.integers(0, 6), min_size=2 * half, max_size=2 * half), "lengths")
+    before, after = draw(st.integers(0, 3), "before"), draw(st.integers(0, 3), "after")
+    offsets = before + torch.tensor([0, *lengths]).cumsum(0)
+    rows = int(offsets[-1]) + after
+    assume(sum(lengths))
+    logits, labels = cases.logits_and_labels(
+        draw(dtypes, "dtype"),
+        rows,
+        draw(vocabularies, "vocab"),
+        ignored=tuple(draw(st.sets(st.integers(0, rows - 1)), "ignored")),
+    )
+    assume((labels[before : rows - after] >= 0).any())  # autograd wants something to follow
+    with host.schedule(draw(st.integers(0, 5), "schedule")):
+        cases.check_fused(
+            cuda,
+            logits,
+            labels,
+            offsets,
+            -8 * torch.rand(2 * half),
+            upstream=draw(st.sampled_from([1.0, -0.5, 1024.0]), "upstream"),
+            label_smoothing=draw(st.sampled_from([0.0, 0.1])),
+            average=draw(st.booleans(), "average"),
+            pairs=draw(st.sampled_from(["concatenated", "interleaved"])),
+            **draw(transforms, "transform"),
         )
