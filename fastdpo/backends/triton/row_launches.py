@@ -14,7 +14,7 @@ from fastdpo.backends.triton.target_logits import target_logits_kernel
 from fastdpo.head import Head
 
 # Elements of a row that a program holds at once: 32 per thread, four 16-byte loads of 16-bit
-# numbers in flight.
+# numbers in flight (where V is a multiple of 16).
 _FORWARD_BLOCK, _BACKWARD_BLOCK, _DEPTH_BLOCK = 4096, 4096, 2048
 
 
