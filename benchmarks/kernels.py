@@ -34,6 +34,7 @@ SUITES = {
         Shape("llama-3-8b", 64),
         Shape("qwen2.5-7b", 8192),
         Shape("gemma-2-2b", 4096),
+        Shape("gpt2", 8192),
         Shape("mistral-7b", 4096, torch.float32),
     ),
     "tiny": (Shape("tiny", 40), Shape("tiny-softcap", 40, torch.float32)),

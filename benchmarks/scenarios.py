@@ -26,6 +26,7 @@ HEADS = {
     "qwen2.5-7b": HeadShape(3584, 152_064),
     "gemma-2-2b": HeadShape(2304, 256_000, 30.0),
     "mistral-7b": HeadShape(4096, 32_768),
+    "gpt2": HeadShape(768, 50_257),  # a multiple of nothing
     # Heads that fit two CPU cores: real vocabularies with a smaller hidden size, and a tiny one.
     "llama-3-vocab-d896": HeadShape(896, 128_256),
     "llama-3-vocab-d512": HeadShape(512, 128_256),

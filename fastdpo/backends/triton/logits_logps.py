@@ -2,8 +2,8 @@
 
 One program per row keeps the running maximum as one number and the sum as a vector that is added up
 at the end. Two blocks are on their way while one is worked on: five programs of four warps (96
-registers) keep 80 KB in flight per processor of an H200, which needs about 30. That is so where V is
-a multiple of 16. Rows of other vocabularies begin at any address, and a row's additions may not
+registers) keep 80 KB in flight per processor of an H200, which needs about 30. That is so where V
+is a multiple of 16. Rows of other vocabularies begin at any address, and a row's additions may not
 depend on where: they are read element by element, with nothing on its way meanwhile.
 
 Bytes: s·V per row that carries loss (s = 2 or 4 bytes per logit), nothing for the others; about 10
