@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernels --static                     the essential variants
     python -m benchmarks.kernels --static --all --arch sm_90  every shipped one, of one architecture
+    python -m benchmarks.kernels --static --arch sm_90 --readme   the README's table
 
 Registers, spills, shared memory, and tensor-core and bulk-copy instructions are read from the
-binaries that Triton compiles for each architecture. The last column is the traffic model's time of
-one launch on an H200 (`kernels_model`), for 4,096 rows (64 where they are few) of a head of
-128,256 × 4,096.
+binaries that Triton compiles for each architecture. The last column is the time that one launch
+takes on an H200 at least, by a model (`kernels_model`), for 4,096 rows (64 where they are few) of a
+head of 128,256 × 4,096, in 64 sequences, none of whose labels is too unlikely for its anchor.
 """
 
 from __future__ import annotations
@@ -22,13 +23,30 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import kernels_model, tables
+from benchmarks import kernels_model, report, tables
 from benchmarks.kernels_model import Work
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 _MODULE = "fastdpo.backends.triton.ahead"
 _H200 = "sm_90"
-_N, _FEW, _V, _D = 4096, 64, 128256, 4096
+_PROCESSORS = 132
+_N, _FEW, _V, _D, _SEQUENCES = 4096, 64, 128256, 4096, 64
+_STATS = {"entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
+_LAST = "at least, by a model of an H200"
+BEGIN, END = "<!-- static:begin -->", "<!-- static:end -->"
+# The README's rows: kernel, called as, what that is.
+_README = (
+    ("exp_logits_tma", "half+out", "with E"),
+    ("exp_logits_tma", "half", "without E"),
+    ("exp_logits_tma", "half+out+softcap", "with E and softcap"),
+    ("exp_logits_pointers", "half+out+unaligned", "rows at any address"),
+    ("exp_logits_raised", "half+out", "no row flagged"),
+    ("reduce_sums", "half+out", ""),
+    ("target_logits_kernel", "bfloat16", ""),
+    ("logits_logps_kernel", "bfloat16", ""),
+    ("logits_logps_backward_kernel", "bfloat16", ""),
+    ("sequence_loss_kernel", "bfloat16", ""),
+)
 
 
 def compiled(archs: Iterable[str], thorough: bool) -> Iterator[dict[str, Any]]:
@@ -43,26 +61,79 @@ def compiled(archs: Iterable[str], thorough: bool) -> Iterator[dict[str, Any]]:
         raise RuntimeError(f"{_MODULE} ended with status {process.returncode}")
 
 
-def predicted(row: dict[str, Any]) -> Work | None:
-    """What the launch must move and multiply, where its shapes alone decide that."""
+def predicted(row: dict[str, Any]) -> Work:
+    """What the launch must move, multiply and issue."""
     first, *flags = row["variant"].split("+")
     size = 2 if first in ("half", "bfloat16") else 4
-    if row["kernel"] in ("exp_logits_tma", "exp_logits_pointers"):
+    n = _FEW if "few" in flags else _N
+    kernel = row["kernel"]
+    if kernel in ("exp_logits_tma", "exp_logits_pointers"):
         rows, columns, _ = map(int, row["tile"].split("×"))
         return kernels_model.exp_logits(
-            _FEW if "few" in flags else _N,
+            n,
             _V,
             _D,
             size,
             first,
             kept=_V if "out" in flags else 0,
             tile=(rows, columns, row["group"]),
+            softcap="softcap" in flags,
         )
+    if kernel == "exp_logits_raised":
+        return kernels_model.nothing_raised(n, _PROCESSORS)
+    if kernel == "reduce_sums":
+        if row["again"]:
+            return kernels_model.nothing_raised(n)
+        return kernels_model.reduce_sums(n, row["column_tiles"], 1 + len(_STATS & set(flags)))
     return {
         "target_logits_kernel": kernels_model.target_logits(_N, _D, size),
         "logits_logps_kernel": kernels_model.logits_logps(_N, _V, size),
         "logits_logps_backward_kernel": kernels_model.logits_logps_backward(_N, _V, size),
-    }.get(row["kernel"])
+        "sequence_loss_kernel": kernels_model.sequence_loss(_N, _SEQUENCES),
+    }[kernel]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The README's table, from the rows of sm_90."""
+    lines = [
+        f"| kernel, bf16 | tile | registers | spills | shared memory | HGMMA | TMA loads / stores "
+        f"| {_LAST} |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kernel, variant, what in _README:
+        # The second of those that do something for flagged rows: the first finds maxima.
+        row = [
+            r
+            for r in rows
+            if (r["kernel"], r["variant"]) == (kernel, variant)
+            and (kernel == "exp_logits_raised" or not r["again"])
+        ][-1]
+        name = f"`{kernel.removesuffix('_kernel')}`"
+        cells = (
+            f"{name}, {what}" if what else name,
+            row["tile"] or "–",
+            row["registers"],
+            row["spills"],
+            tables.amount(row["shared"]),
+            row["tensor_cores"] or "–",
+            f"{row['bulk_loads']} / {row['bulk_stores']}" if row["bulk_loads"] else "–",
+            _brief(predicted(row).seconds),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def in_readme(text: str, section: str) -> str:
+    """The README's text with the table between its markers."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
+
+
+def _brief(seconds: float) -> str:
+    for unit, size in (("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return "below 1 µs"
 
 
 def show(rows: list[dict[str, Any]], arch: str) -> None:
@@ -71,11 +142,10 @@ def show(rows: list[dict[str, Any]], arch: str) -> None:
         table.add_column(name)
     for name in (
         "warps", "stages", "registers", "spills", "shared", "tensor cores", "bulk in/out",
-        "instructions", "H200 model",
+        "instructions", "H200, at least",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     for row in rows:
-        work = predicted(row) if arch == _H200 else None
         table.add_row(
             row["kernel"].removesuffix("_kernel"),
             row["variant"].replace("+", " "),
@@ -88,7 +158,7 @@ def show(rows: list[dict[str, Any]], arch: str) -> None:
             str(row["tensor_cores"] or "–"),
             f"{row['bulk_loads']}/{row['bulk_stores']}" if row["bulk_loads"] else "–",
             f"{row['instructions']:,}",
-            "–" if work is None else tables.duration(work.seconds),
+            _brief(predicted(row).seconds) if arch == _H200 else "–",
         )
     tables.console.print(table)
 
@@ -102,7 +172,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--all", action="store_true", help="every shipped variant")
     parser.add_argument("--rows", type=Path, help="also write the rows, as JSON, here")
+    parser.add_argument("--readme", action="store_true", help="also write the README's table")
     options = parser.parse_args(arguments)
+    if options.readme and _H200 not in options.arch:
+        parser.error(f"the README's table is that of {_H200}")
     found: list[dict[str, Any]] = []
     for arch in options.arch:
         rows = list(compiled([arch], options.all))
@@ -110,5 +183,8 @@ def main(arguments: list[str]) -> int:
         found += rows
         if options.rows:
             options.rows.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if options.readme:
+        section = markdown([row for row in found if row["arch"] == _H200])
+        report.README.write_text(in_readme(report.README.read_text(), section))
     tables.console.print(f"The last column models an {kernels_model.H200}.")
     return 0

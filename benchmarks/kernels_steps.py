@@ -59,7 +59,13 @@ def _products(shape: Shape, device: torch.device, store: bool) -> Iterator[Conte
         "exp_logits with E" if store else "exp_logits",
         shape.as_dict(),
         kernels_model.exp_logits(
-            shape.rows, vocab, d, shape.dtype.itemsize, kind, vocab if store else 0
+            shape.rows,
+            vocab,
+            d,
+            shape.dtype.itemsize,
+            kind,
+            vocab if store else 0,
+            softcap=head.softcap is not None,
         ),
         "the vendor's product",
         lambda i: torch.mm(hidden[i % ROTATE], head.weight.t(), out=kept),

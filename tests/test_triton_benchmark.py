@@ -20,7 +20,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def test_the_model_of_an_h200():
     product = model.exp_logits(8192, 128256, 4096, 2, "half")
     assert product.bound == "products"
-    assert product.seconds == pytest.approx(10.9e-3, rel=0.01)
+    assert product.operations / model.RATES["half"] == pytest.approx(10.9e-3, rel=0.01)
+    assert product.seconds == pytest.approx(11.4e-3, rel=0.01), "the epilogue is not hidden"
+    capped = model.exp_logits(8192, 256000, 2304, 2, "half", kept=256000, softcap=True)
+    assert capped.seconds == pytest.approx((12.2 + 2.3) * 1e-3, rel=0.01)
     # Four groups of sixteen 128-row tiles read the weight once each; 501 tiles of partial sums.
     weight, hidden, partial = 4 * 2 * 128256 * 4096, 2 * 8192 * 4096, 8 * 8192 * 501
     assert product.bytes == weight + hidden + partial
@@ -28,19 +31,23 @@ def test_the_model_of_an_h200():
     assert kept.bytes == product.bytes + 2 * partial + 2 * 8192 * 128256
     assert model.logits_logps(8192, 128256, 2).seconds == pytest.approx(489e-6, rel=0.01)
     assert model.logits_logps_backward(8192, 128256, 2).bytes == 4 * 8192 * 128256
+    assert model.logits_logps(8192, 128256, 2).bound == "bytes"
     assert model.sequence_loss(8192, 16).bound == "bytes"
+    assert model.reduce_sums(8192, 501, 3).bytes == 12 * 8192 * 502 + 9 * 8192
+    assert model.nothing_raised(8192, 132).bytes == 132 * 8192
 
 
 def test_every_backend_that_serves_a_primitive_is_in_the_contest():
     found = {c.name: c for c in steps.contests(steps.Shape("tiny", 9), DEVICE)}
     assert set(found) == {
         "exp_logits", "exp_logits with E", "target_logits", "logits_logps",
-        "logits_logps_backward", "sequence_loss",
+        "logits_logps_backward", "logits_sequence_loss", "sequence_loss",
     }  # fmt: skip
     for contest in found.values():
         assert {"torch", "triton"} <= set(contest.steps)
-        peers = {"eager", "compiled"} if contest.name.startswith("logits_logps") else set()
-        assert set(contest.steps) | set(contest.absent) == {"torch", "triton", "cuda"} | peers
+        peers = {"eager", "compiled"} if contest.name.startswith("logits_") else set()
+        entered = {name.removesuffix(", fused") for name in (*contest.steps, *contest.absent)}
+        assert entered == {"torch", "triton", "cuda"} | peers
         assert all(contest.absent.values())
         for step in (contest.floor, *contest.steps.values()):
             step(0)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -29,8 +30,10 @@ from fastdpo.backends.triton.ahead import (
     exp_logits_launches,
     variants,
 )
-from fastdpo.backends.triton.configs import CONFIGS, pick, supported_arch
+from fastdpo.backends.triton.configs import CONFIGS, pick, pick_plain, supported_arch
 from fastdpo.backends.triton.exp_logits import STATS
+
+static = pytest.importorskip("benchmarks.kernels_static")
 
 ESSENTIAL = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 BULK = ("sm_90", "sm_100")  # architectures with a tensor memory accelerator and a tile for it
@@ -66,10 +69,10 @@ def one(kernels: list[Resources], kernel: str, variant: str) -> Resources:
     return found[0]
 
 
-def sound(kernels: list[Resources]) -> None:
-    """What holds of every kernel that ships."""
+def sound(kernels: list[Resources], spills: int = 0) -> None:
+    """What holds of every kernel that ships; `spills` where some are known."""
     for k in kernels:
-        assert k.spills == 0, k
+        assert k.spills <= spills, k
         assert k.shared <= SHARED_LIMIT[k.arch], k
         assert k.instructions > 20, k
         if k.kernel.startswith("exp_logits") and not k.variant.startswith("ieee"):
@@ -100,6 +103,22 @@ def test_the_shipped_tile_is_what_was_compiled(kernels):
         assert (main.warps, main.stages, main.group) == (tile.warps, tile.stages, tile.group)
 
 
+def test_every_line_of_the_table_is_compiled(kernels):
+    every_line_compiled(kernels)
+
+
+def every_line_compiled(kernels: list[Resources]) -> None:
+    arch = kernels[0].arch
+    found = {(k.tile, k.warps) for k in kernels if k.kernel.startswith("exp_logits")}
+    # The kinds whose plain tile is no line of the table of its own have one all the same.
+    tiles = [
+        *CONFIGS[arch].values(),
+        *(pick_plain(arch, kind) for kind in ("half", "tf32", "ieee")),
+    ]
+    for tile in {*tiles, *(tile.few_rows() for tile in tiles)}:
+        assert (f"{tile.rows}×{tile.columns}×{tile.depth}", tile.warps) in found, tile
+
+
 def test_each_exponential_is_taken_once(kernels):
     """No tile is computed twice over, in two layouts or two versions of a loop."""
     for k in kernels:
@@ -118,28 +137,85 @@ def test_sums_are_added_alike_whether_or_not_the_exponentials_are_stored(kernels
     assert stored.layout
 
 
-def test_few_rows_are_added_in_the_same_order():
-    hopper = _essential()["sm_90"]
-    added_alike(one(hopper, MAIN[0], "half+out"), one(hopper, MAIN[0], "half+few+out"))
-    halving = {a for a, table in CONFIGS.items() for tile in table.values() if tile.halves}
-    assert halving == {"sm_90", "interpreter"}, "the architectures that the above looks at"
+def test_few_rows_are_added_in_the_same_order(kernels):
+    few_rows_added_alike(kernels)
+    assert not any(tile.halves for tile in CONFIGS["sm_100"].values()), "another instruction"
+
+
+def few_rows_added_alike(kernels: list[Resources]) -> None:
+    arch = kernels[0].arch
+    for kind in ("half", "tf32"):
+        tile = CONFIGS[arch].get(kind)
+        if tile is not None and tile.halves:
+            kernel = MAIN[0 if tile.descriptors else 1]
+            added_alike(*(one(kernels, kernel, f"{kind}{few}+out") for few in ("", "+few")))
 
 
 def added_alike(many: Resources, few: Resources) -> None:
-    """Half the tile: what each warp and each of its registers holds of a row's columns is equal."""
-    assert many.tile.startswith("128×256×")
-    assert few.tile == many.tile.replace("128", "64", 1)
-    of_a_warp, warps = zip(*(k.layout.split("warp = ") for k in (many, few)), strict=True)
-    assert of_a_warp[0] == of_a_warp[1] != ""
-    for bases in warps:  # warps lie along the rows: no column is another warp's
-        assert re.findall(r"\[(\d+), (\d+)\]", bases)
-        assert all(column == "0" for _, column in re.findall(r"\[(\d+), (\d+)\]", bases))
+    """Half the tile: registers, lanes and warps share a row's columns in the same way."""
+    rows, columns, depth = map(int, many.tile.split("×"))
+    assert few.tile == f"{rows // 2}×{columns}×{depth}"
+    assert (few.warps, few.stages) == (many.warps // 2, many.stages)
+    assert along_columns(many.layout) == along_columns(few.layout) != []
+
+
+def along_columns(layout: str) -> list[object]:
+    """Of each layout of [rows, columns] what concerns the columns."""
+    found: list[object] = []
+    for part in layout.split("; "):
+        bases = re.search(r"register = (.*), lane = (.*), warp = (.*), block = ", part)
+        if bases:  # those that only move along the rows are left out
+            moves = (re.findall(r"\[\d+, (\d+)\]", group) for group in bases.groups())
+            found.append([[step for step in steps if step != "0"] for steps in moves])
+        else:
+            assert "warpsPerCTA" in part
+            found.append(re.sub(r"warpsPerCTA = \[\d+, ", "warpsPerCTA = [", part))
+    return found
+
+
+def test_layouts_are_compared_along_columns():
+    def linear(lane: str, warp: str) -> str:
+        bases = f"register = [[0, 1], [8, 0]], lane = {lane}, warp = {warp}, block = []"
+        return f"#ttg.linear<{{{bases}}}>"
+
+    lane, warp = "[[0, 2], [1, 0]]", "[[0, 4], [16, 0]]"
+    layout = along_columns(linear(lane, warp))
+    assert layout == [[["1"], ["2"], ["4"]]]
+    assert layout == along_columns(linear("[[0, 2], [4, 0]]", "[[0, 4]]"))
+    assert layout != along_columns(linear(lane, "[[16, 0], [0, 8]]"))
+    assert layout != along_columns(linear("[[0, 4], [1, 0]]", "[[0, 2], [16, 0]]"))
+    amd = "#ttg.amd_mfma<{warpsPerCTA = [2, 4], instrShape = [32, 32, 8]}>"
+    assert along_columns(amd) == along_columns(amd.replace("[2, ", "[1, "))
+    assert along_columns(amd) != along_columns(amd.replace("[2, 4]", "[4, 2]"))
+
+
+def test_the_readmes_table_is_what_was_compiled():
+    readme = static.report.README.read_text()
+    version = re.search(r"What ptxas made of them under Triton (\d+\.\d+)", readme)[1]
+    if not pytest.importorskip("triton").__version__.startswith(f"{version}."):
+        pytest.skip(f"the table is of Triton {version}")
+    table = static.markdown([asdict(k) for k in _essential()["sm_90"]])
+    assert static.in_readme(readme, table) == readme, "benchmarks.kernels --static --readme"
+
+
+def test_the_model_knows_every_kernel_and_the_length_of_the_epilogue():
+    for k in _essential()["sm_90"]:
+        work = static.predicted(asdict(k))
+        assert work.seconds > 0
+        if k.kernel == MAIN[0] and k.variant.startswith("half") and "few" not in k.variant:
+            rows, columns, _ = map(int, k.tile.split("×"))
+            counted = k.instructions * k.warps / (rows * columns)
+            modelled = static.kernels_model.EPILOGUE["out" in k.variant, "softcap" in k.variant]
+            assert modelled == pytest.approx(counted, rel=0.1), k
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a not in ESSENTIAL])
 def test_the_other_architectures(arch):
-    sound(_compile(arch))
+    kernels = _compile(arch)
+    sound(kernels)
+    every_line_compiled(kernels)
+    few_rows_added_alike(kernels)
 
 
 TRAINING = [
@@ -149,8 +225,18 @@ TRAINING = [
 
 
 @pytest.mark.slow
-def test_a_training_steps_statistics_on_ampere():
-    sound(_compile("sm_80", "--only", *TRAINING))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_120"])
+def test_a_training_steps_statistics_and_a_ragged_vocabulary_elsewhere(arch):
+    few = "+".join(("half+few+out", *TRL_STATS))
+    sound(_compile(arch, "--only", *TRAINING, few, "half+out+bias+ragged"))
+
+
+@pytest.mark.slow
+def test_a_training_steps_statistics_spill_on_sm_100():
+    """The one place where registers do not suffice (`configs`): a bound, so that it is known."""
+    kernels = _compile("sm_100", "--only", *TRAINING)
+    sound(kernels, spills=120)
+    sound([k for k in kernels if k.kernel != MAIN[0]])
 
 
 @pytest.mark.slow

@@ -100,6 +100,8 @@ class Resources:
     exponentials: int
     instructions: int
     layout: str  # of what is summed over columns, among registers, lanes and warps
+    column_tiles: int  # whose sums reduce_sums adds, or 0
+    again: bool  # only does something where rows are flagged
 
 
 def exp_logits_launches(arch: str, variant: Variant) -> list[Launch]:
@@ -170,6 +172,8 @@ def describe(arch: str, launch: Launch, compiled: CompiledKernel, variant: str) 
         stages=launch.stages,
         shared=compiled.metadata.shared,
         layout=_sum_layout(compiled.asm["ttgir"]),
+        column_tiles=launch.arguments.get("T", 0),
+        again=launch.arguments.get("AGAIN", "raised_ptr" in launch.arguments),
         **read(compiled.asm, TENSOR_CORE[arch]),
     )
 
@@ -177,13 +181,14 @@ def describe(arch: str, launch: Launch, compiled: CompiledKernel, variant: str) 
 def variants(arch: str, thorough: bool) -> list[Variant]:
     """The ways to call exp_logits that are compiled: the essential ones, or every shipped one."""
     table = CONFIGS[arch]
+    tensor_cores = [kind for kind in ("half", "tf32") if kind in table]
+    # Every line of the table, both plain ones included.
     essential = [
-        Variant(out=True),
-        Variant(out=False),
+        *(Variant(kind, out=True) for kind in (*tensor_cores, "ieee")),
+        *(Variant(kind, out=True, few=True) for kind in tensor_cores if table[kind].halves),
+        *(Variant(kind, out=True, unaligned=True) for kind in tensor_cores),
         Variant(out=True, softcap=True),
-        *([Variant(out=True, few=True)] if table["half"].halves else []),
-        Variant(out=True, unaligned=True),
-        Variant("ieee", out=True),
+        Variant(out=False),
     ]
     if not thorough:
         return essential
@@ -202,6 +207,7 @@ def variants(arch: str, thorough: bool) -> list[Variant]:
         *(Variant(out=out, stats=(name,)) for out in (False, True) for name in STATS),
         *(Variant(out=out, stats=STATS) for out in (False, True)),
         *(Variant(out=out, stats=TRL_STATS) for out in (False, True)),
+        *([Variant(out=True, few=True, stats=TRL_STATS)] if table["half"].halves else []),
         *(Variant(out=out, softcap=True, stats=TRL_STATS_CAPPED) for out in (False, True)),
         *(Variant(out=out, softcap=True, stats=("entropy",)) for out in (False, True)),
     ]

@@ -5,15 +5,28 @@ the tensor core instruction's shape along D, those over V follow the tile's colu
 how warps share the columns; none of it depends on a tile's rows. So for few rows only `rows` and
 `warps` change, together, so that each warp keeps its share of the tile; a test reads both compiled
 layouts and compares them. (That a matrix instruction of one shape adds a row's products in an order
-that ignores the other rows is the hardware's promise, not ours to prove.)
+that ignores the other rows is the hardware's promise, not ours to prove.) Two tiles are not halved.
+sm_80's for 16-bit inputs would need more registers than four warps have, and spill (2 to 6 values
+under Triton 3.9, up to 32 under 3.6). On sm_100 half the rows are another instruction, M = 64 for
+128, of which nobody promises that it adds alike; by a B200's data sheet 64 rows wait for the
+weight's bytes there anyway, twice as long as 128 do for the product.
 
 What compiling each line for its architecture gives: `python -m benchmarks.kernels --static`. On
 sm_90 none of the 256 combinations of E, bias, softcap, ragged vocabulary and statistics spills a
-register for 16-bit inputs under Triton 3.9, nor do those tried under 3.6 and 3.8; on sm_80 none of
-those tried under 3.9, and a few values of rare ones (all statistics, or three with a softcap) under
-the others. On sm_100 the accumulator leaves its own memory for registers all at once, and with
-statistics they do not suffice: with E, two cost about 100 loads and stores in 1,900 instructions,
-all four 550 in 2,800. None of these tiles has been timed yet.
+register for 16-bit inputs under Triton 3.9, nor do those tried under 3.6 and 3.8; elsewhere none
+that was tried without statistics. What spills under 3.9, in loads and stores:
+
+    sm_100  16-bit inputs without a softcap and two statistics or more: TRL's 103 with E, in 1,900
+            instructions, and 62 without; all four 549 in 2,800. The accumulator leaves its own
+            memory for registers all at once, and they do not suffice.
+    sm_80   all four with E, softcap, bias and a ragged vocabulary: 26 in 7,680 (12 with half the
+            depth; none in eight chunks, which lengthen every epilogue by a tenth to a third).
+            Of few TF32 rows all four without E: 20.
+    any     kernels for flagged rows with statistics, bias and a ragged vocabulary: 2 on sm_120 for
+            16-bit inputs, 2 to 10 on sm_90 and sm_100 for fp32.
+
+Under 3.6 and 3.8 a few values of the rare ones on sm_80 (all statistics, or three with a softcap).
+None of these tiles has been timed yet.
 """
 
 from __future__ import annotations
@@ -47,7 +60,7 @@ class Tile:
 _PLAIN = Tile(32, 128, 32, warps=8, stages=2)
 _PLAIN_TF32 = Tile(32, 64, 32, warps=8, stages=2)
 _PLAIN_IEEE = Tile(32, 32, 32, warps=8, stages=2)
-_TF32 = Tile(128, 128, 32, warps=8, stages=2, chunks=2)
+_TF32 = Tile(128, 128, 32, warps=8, stages=2, chunks=2, halves=True)
 _IEEE = Tile(64, 64, 16, warps=4, stages=3)
 
 # architecture -> kind of head and precision -> tile. "half" is fp16 and bf16 inputs, "softcap"
@@ -62,13 +75,13 @@ CONFIGS: dict[str, dict[str, Tile]] = {
         "ieee": _IEEE,
     },
     "sm_86": {
-        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
+        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2, halves=True),
         "plain": _PLAIN,
         "tf32": _TF32,
         "ieee": _IEEE,
     },
     "sm_89": {
-        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
+        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2, halves=True),
         "plain": _PLAIN,
         "tf32": _TF32,
         "ieee": _IEEE,
@@ -85,6 +98,8 @@ CONFIGS: dict[str, dict[str, Tile]] = {
         ),
         "ieee": _IEEE,
     },
+    # Persistent, but not flattened: of the flattened loop Triton emits the body twice, with 256
+    # exponentials per thread for 128.
     "sm_100": {
         "half": Tile(128, 256, 64, warps=8, stages=3, descriptors=True),
         "plain": Tile(32, 128, 32, warps=8, stages=2, chunks=2),
@@ -93,13 +108,14 @@ CONFIGS: dict[str, dict[str, Tile]] = {
         "ieee": _IEEE,
     },
     "sm_120": {
-        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2),
-        "plain": _PLAIN,
+        "half": Tile(128, 128, 64, warps=8, stages=3, chunks=2, halves=True),
+        "plain": Tile(32, 128, 32, warps=8, stages=2, chunks=2),
+        "plain tf32": Tile(32, 64, 32, warps=8, stages=2, chunks=2),
         "tf32": _TF32,
         "ieee": _IEEE,
     },
     "gfx942": {
-        "half": Tile(128, 256, 64, warps=8, stages=2, chunks=2),
+        "half": Tile(128, 256, 64, warps=8, stages=2, chunks=2, halves=True),
         "plain": Tile(64, 128, 32, warps=8, stages=2),
         "ieee": Tile(128, 64, 32, warps=4, stages=2),
     },

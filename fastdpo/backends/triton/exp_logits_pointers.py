@@ -1,6 +1,10 @@
 """exp_logits through plain pointers: GPUs without descriptors, fp32 without tf32, any strides.
 
-One program per tile. Operations and bytes are those of `exp_logits_tma`.
+One program per tile. Operations and bytes are those of `exp_logits_tma`: 2·N·V·D and the epilogue's
+7·N·V (24·N·V with a softcap); of s = 2 or 4 bytes per number, s·N·D + s·V·D·⌈N / (GROUP · BLOCK_M)⌉
+are read and s·N·K written, and 4·N·⌈V / BLOCK_V⌉ for each quantity. For rows at any address (the
+plain tile) that is a bound only: each number is loaded by itself, which takes longer than the
+product.
 """
 
 from __future__ import annotations

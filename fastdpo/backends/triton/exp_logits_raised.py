@@ -3,9 +3,11 @@ there.
 
 A label so unlikely that Σ exp(z − a) leaves the range of fp32 must come out exact, and no one on
 the host may look at the flags to find out whether there is one. So these launches always happen:
-their few programs read the N flags, N bytes each, and end. Where a row is flagged they do its row
-tile's product again, in all 4·BLOCK_M·V·D operations and 2·s·V·D bytes of the weight for every such
-tile. Rows of the tile that are not flagged are computed and not stored.
+their few programs, min(⌈V / BLOCK_V⌉, processors), read the N flags, which is N bytes and N
+comparisons each, and end. Where a row is flagged they do its row tile's product again: together
+4·BLOCK_M·V·D operations, the epilogue's twice, and 2·s·V·D bytes of the weight for every such tile
+(s = 2 or 4 bytes per number); s·K bytes of E and 4·⌈V / BLOCK_V⌉ per quantity for every such row.
+Rows of the tile that are not flagged are computed and not stored.
 """
 
 from __future__ import annotations

@@ -4,11 +4,17 @@ One program per processor walks over tiles of [BLOCK_M, BLOCK_V]; with FLATTEN t
 and the loop over D are one, so that the copies of the next tile's operands run under this tile's
 epilogue.
 
-Operations: 2·N·V·D on the tensor cores, and about 7·N·V on other units in the epilogue, 3 to 5 % of
-the product's time at D = 4096 on an H100 (128 × 256 exponentials take 2,048 of a tile's 65,536
-cycles). Bytes, for 16-bit inputs: hidden 2·N·D and weight 2·V·D·⌈N / (GROUP · BLOCK_M)⌉ read from
-memory, as a group's rows stay in L2; E 2·N·K written, which is 1/D of a byte per operation, 0.2
-TB/s at full speed and D = 4096; and 4·N·⌈V / BLOCK_V⌉ for each quantity summed.
+Operations: 2·N·V·D on the tensor cores, and in the epilogue about 7·N·V on other units (24·N·V with
+a softcap). There instructions are what counts: of the sm_90 binary a warp issues 1,760 per tile of
+128 × 256 (1,940 with E, 4,130 with E and a softcap), and each scheduler those of two warps: 3,500
+to 8,300 cycles, beside the 16·D of the product, 65,536 at D = 4096. The epilogue adds 6 %, 13 %
+with a softcap, and more where D is smaller (22 % at Gemma-2-2b's 2,304 with its softcap, 27 %
+without one at 896). Nothing hides it: the warps that issue the product issue it too, and it would
+take a second program on the same processor (`Tile.residents`, which FASTDPO_AUTOTUNE=1 tries).
+
+Bytes, for 16-bit inputs: hidden 2·N·D and weight 2·V·D·⌈N / (GROUP · BLOCK_M)⌉ read from memory, as
+a group's rows stay in L2; E 2·N·K written, which is 1/D of a byte per operation, 0.2 TB/s at full
+speed and D = 4096; and 4·N·⌈V / BLOCK_V⌉ for each quantity summed.
 """
 
 from __future__ import annotations

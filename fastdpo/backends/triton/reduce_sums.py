@@ -1,8 +1,10 @@
 """The partial sums of all vocabulary tiles -> one number per row; flags; the label's entry of E.
 
-Bytes: 4·P·T·N read, where T = ⌈V / BLOCK_V⌉ is 501 for a vocabulary of 128,256: 0.8 % of E's bytes
-per quantity. A row's order of additions depends on T alone, so neither on N nor on its place in the
-batch.
+Operations: P·T·N additions, where P is the number of quantities and T = ⌈V / BLOCK_V⌉ (501 for a
+vocabulary of 128,256 in 256 columns). Bytes: 4·P·T·N read, 0.8 % of E's per quantity, and
+4·P·N + 9·N for the sums, the anchors and the flags; what is only for flagged rows reads N flags and
+ends. None of it depends on D. A row's order of additions depends on T alone, so neither on N nor on
+its place in the batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """target_logits: the label's own logit, a gather and a dot.
 
-One program per row. Bytes, for 16-bit inputs: 2·N·D of hidden and at most 2·N·D of the weight's
-rows; operations 2·N·D.
+One program per row. Operations: 2·N·D. Bytes, for 16-bit inputs: 2·N·D of hidden and at most 2·N·D
+of the weight's rows, however large V is.
 """
 
 from __future__ import annotations
