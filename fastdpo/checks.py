@@ -47,6 +47,17 @@ def is_number(argument: str, value: float, *, positive: bool = False) -> None:
         )
 
 
+def flag(argument: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        fail(argument, "True or False", repr(value))
+
+
+def smoothing(value: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value < 0.5:
+        fail("label_smoothing", "in [0, 0.5)", repr(value))
+
+
 def lm_head(
     hidden: Tensor,
     weight: Tensor,
@@ -207,6 +218,8 @@ def label_rows(
 
 
 def stats(value: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(value, (str, Sequence)):
+        fail("stats", f"a sequence of names among {list(STATS)}", repr(value))
     value = (value,) if isinstance(value, str) else tuple(value)
     unknown = [name for name in value if name not in STATS]
     if unknown or len(set(value)) != len(value):

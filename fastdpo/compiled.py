@@ -224,21 +224,22 @@ def _backward(
     kept = None
     if flat.numel():
         columns = workspace.columns_kept(n, head.vocab_size, flat, workspace_bytes)
-        buffer = workspace.padded_view(flat, n, columns)
         # A compiled backward may run again on the same workspace: it must not be spent.
-        kept = Kept(buffer, columns, spendable=False) if columns else None
+        kept = Kept(flat, n, columns) if columns else None
+    grad_rows = rows.gather(grad_logps)
     with linear.without_autocast(hidden):
-        grads = linear.backward_pass(
-            rows.gather(grad_logps),
-            hidden,
-            head,
-            rows,
-            plan,
-            needs,
-            RowState(*(row[:n] for row in state)),
-            kept,
-            product[:n] if product.numel() else None,
-        )
+        if product.numel():
+            product = product[:n]
+            grads: tuple[Tensor | None, ...] = (
+                linear.frozen_head_backward(grad_rows, product, rows, plan, hidden.dtype),
+                None,
+                None,
+            )
+        else:
+            state_rows = RowState(*(row[:n] for row in state))
+            grads = linear.backward_pass(
+                grad_rows, hidden, head, rows, plan, needs, state_rows, kept
+            )
     x, w, b = (hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
     return x, w, b
 

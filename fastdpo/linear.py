@@ -39,17 +39,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
+from fastdpo.once import differentiable_once, graph_is_kept
 from fastdpo.parallel import VocabParallel
 from fastdpo.rows import Rows
 from fastdpo.workspace import (
     cleared,
     columns_kept,
     padded_empty,
+    padded_storage,
     padded_view,
     recompute_columns,
     row_block,
@@ -126,9 +127,20 @@ class _TokenLogps(torch.autograd.Function):
             x, cast = operands(hidden, head, rows, plan)
             forward = forward_pass(x, cast, rows.labels, plan, needs)
         if needs.any:
-            ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.index, *forward.row_state)
-            ctx.kept, ctx.hidden_product = forward.kept, forward.hidden_product
+            kept, product = forward.kept, forward.hidden_product
+            # All of it as saved tensors, E as well: freed when the backward is done, and seen by
+            # checkpointing and offloading.
+            ctx.save_for_backward(
+                *((hidden, weight, bias) if product is None else (None, None, None)),
+                rows.labels,
+                rows.index,
+                *forward.row_state,
+                product,
+                None if kept is None else kept.flat,
+            )
+            ctx.columns = 0 if kept is None else kept.columns
             ctx.head, ctx.total, ctx.plan, ctx.needs = _shell(head), rows.total, plan, needs
+            ctx.dtype = hidden.dtype
         stats = tuple(forward.stats[name] for name in plan.stats)
         ctx.mark_non_differentiable(
             *(s for name, s in zip(plan.stats, stats, strict=True) if name != "entropy")
@@ -136,26 +148,31 @@ class _TokenLogps(torch.autograd.Function):
         return forward.logps, *stats
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_logps, *grad_stats):
         if any(grad is not None for grad in grad_stats):
             raise RuntimeError(NO_STATISTICS_GRADIENT)
         if grad_logps is None:
             return (None,) * 7
-        hidden, weight, bias, labels, index, *row_state = ctx.saved_tensors
+        hidden, weight, bias, labels, index, *row_state, product, flat = ctx.saved_tensors
         rows = Rows(labels, index, ctx.total)
-        head = dataclasses.replace(ctx.head, weight=weight, bias=bias)
-        with without_autocast(hidden):
+        with without_autocast(grad_logps):
+            if product is not None:
+                grad = frozen_head_backward(grad_logps, product, rows, ctx.plan, ctx.dtype)
+                return grad, *(None,) * 6
+            kept = None
+            if flat is not None:
+                # Its memory is scratch afterwards, unless the graph will be gone through again.
+                kept = Kept(flat, len(labels), ctx.columns, spendable=not graph_is_kept())
             grads = backward_pass(
                 grad_logps,
                 hidden,
-                head,
+                dataclasses.replace(ctx.head, weight=weight, bias=bias),
                 rows,
                 ctx.plan,
                 ctx.needs,
                 RowState(*row_state),
-                ctx.kept,
-                ctx.hidden_product,
+                kept,
             )
         return *grads, *(None,) * 4
 
@@ -189,15 +206,18 @@ class RowState(NamedTuple):
         return 1.0 / (torch.exp(self.target - self.anchor) + self.sum)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Kept:
-    """E for the first columns of the vocabulary; the backward may spend it as scratch, and says
-    so.
-    """
+    """E for the first columns of the vocabulary, rows padded."""
 
-    buffer: Tensor  # [N, K], rows padded
-    columns: int  # how many of them hold E
-    spendable: bool = True
+    flat: Tensor  # [at least N · K, padded]
+    rows: int  # N
+    columns: int  # K
+    spendable: bool = False  # may the backward use it as scratch?
+
+    @property
+    def buffer(self) -> Tensor:  # [N, K]
+        return padded_view(self.flat, self.rows, self.columns)
 
 
 class ForwardPass(NamedTuple):
@@ -224,13 +244,12 @@ def forward_pass(
     # Every process makes as many blocks: they talk in each.
     block = row_block(vocab if shared is None else shared.largest, x)
 
-    kept = product = scratch = None
+    kept = product = scratch = stored = None
     if ready and needs.head:
         columns = columns_kept(n, vocab, x, plan.workspace_bytes)
-        if columns and storage is None:
-            kept = Kept(padded_empty(n, columns, x), columns)
-        elif columns and storage is not None:
-            kept = Kept(cleared(padded_view(storage, n, columns)), columns)
+        if columns:
+            kept = Kept(padded_storage(n, columns, x) if storage is None else storage, n, columns)
+            stored = cleared(kept.buffer)
     elif ready and needs.hidden:
         product = torch.empty_like(x)
         scratch = padded_empty(min(block, n), vocab, x)
@@ -240,7 +259,11 @@ def forward_pass(
     for start in range(0, n, block):
         rows = slice(start, min(start + block, n))
         out = (
-            kept.buffer[rows] if kept else None if scratch is None else scratch[: rows.stop - start]
+            stored[rows]
+            if stored is not None
+            else None
+            if scratch is None
+            else scratch[: rows.stop - start]
         )
         sums = backend.exp_logits(x[rows], head, labels[rows], target[rows], out=out, stats=asked)
         if shared is not None:
@@ -261,6 +284,18 @@ def forward_pass(
     return ForwardPass(logps, stats, state, kept, product)
 
 
+def frozen_head_backward(
+    grad_logps: Tensor,  # [N]
+    product: Tensor,  # U [N, D]
+    rows: Rows,
+    plan: Plan,
+    dtype: torch.dtype,  # of hidden
+) -> Tensor:
+    """The gradient of hidden [M, D]: g · U."""
+    scaled = product * grad_logps.to(accumulate_dtype(product.dtype)).unsqueeze(1)
+    return rows.scatter(_reduced(scaled, plan).to(dtype))
+
+
 def backward_pass(
     grad_logps: Tensor,  # [N]
     hidden: Tensor,  # [M, D]
@@ -270,14 +305,9 @@ def backward_pass(
     needs: Needs,
     state: RowState,
     kept: Kept | None,
-    hidden_product: Tensor | None,  # U [N, D]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of hidden [M, D], weight [V, D] and bias [V] that are needed, else None."""
     grad_logps = grad_logps.to(state.target.dtype)
-    if hidden_product is not None:
-        scaled_product = hidden_product * grad_logps.unsqueeze(1)
-        return rows.scatter(_reduced(scaled_product, plan).to(hidden.dtype)), None, None
-
     x, cast = operands(hidden, head, rows, plan)
     if x.dtype == torch.float16:
         state = _renormalized(state)
@@ -326,17 +356,11 @@ def _column_blocks(x, head, labels, plan, state, kept):
     vocab, done = head.vocab_size, 0
     buffer = None
     if kept is not None:
-        buffer = kept.buffer
-        if kept.columns:
-            done = kept.columns
-            yield 0, done, buffer[:, :done]
+        done, buffer = kept.columns, kept.buffer
+        yield 0, done, buffer
     if done == vocab:
         return
-    if kept is not None and not kept.spendable:
-        buffer = None
-    elif kept is not None:
-        kept.columns = 0  # its memory is scratch from here on: a second backward computes it again
-    if buffer is None:
+    if buffer is None or not kept.spendable:
         buffer = padded_empty(len(x), recompute_columns(len(x), vocab, x), x)
     backend = select.primitive("exp_logits", x, plan.backend)
     entry = _label_entry(state, head)

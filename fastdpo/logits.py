@@ -16,10 +16,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.backends import select
 from fastdpo.head import Head
+from fastdpo.once import differentiable_once, graph_is_kept
 
 
 def token_logps(
@@ -73,7 +73,7 @@ class _LogitsLogps(torch.autograd.Function):
         return logps.view(labels.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_logps: Tensor):
         logits, labels, lse = ctx.saved_tensors
         in_place = logits.is_contiguous() and _unshared(_holders(logits))
@@ -98,7 +98,7 @@ class _LogitsLoss(torch.autograd.Function):
         return found.loss.loss, found.loss.logps, found.loss.rewards
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss: Tensor | None, grad_logps: Tensor | None, _grad_rewards):
         logits, labels, lse = ctx.saved_tensors
         in_place = logits.is_contiguous() and _unshared(_holders(logits))
@@ -148,8 +148,7 @@ def _unshared(holders: tuple[int, ...]) -> bool:
     """Whether overwriting the logits can be seen by nobody: not by a second backward, not by
     another holder.
     """
-    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    if keeps_graph is None or keeps_graph():
+    if graph_is_kept():
         return False
     return holders == _alone()
 

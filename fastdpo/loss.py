@@ -200,7 +200,7 @@ def linear_dpo_loss(
             predict there.
         ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss
             (averages where `average_log_prob`, weighted where `ld_alpha`), or per token, shaped
-            like labels.
+            like labels ([2B] packed labels: per sequence).
         ref_hidden, ref_weight, ref_bias: the reference as its hidden states and head instead (no
             gradient is computed; its hidden size may differ). ref_weight None means the policy's
             weight and bias, as for adapters that leave the head. With neither, the loss is
@@ -237,6 +237,7 @@ def linear_dpo_loss(
     head = checks.lm_head(
         hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
     )
+    checks.flag("average_log_prob", average_log_prob)
     pairs = checks.pairs(pairs)
     labels = checks.labels(labels, checks.batch_shape(hidden, cu_seqlens), hidden)
     ref_head = checks.reference_head(ref_logps, ref_hidden, ref_weight, ref_bias, hidden, head)
@@ -267,6 +268,8 @@ def linear_dpo_loss(
             ref_tokens = _token_logps(ref_hidden, ref_head, carrying, ref_plan).logps
     elif per_token_reference and ref_logps is not None:
         ref_tokens = carrying.gather(ref_logps.detach().flatten()).to(tokens.logps.dtype)
+        if segments.carries is not None:  # every row is there, and what it says may be anything
+            ref_tokens = torch.where(segments.carries, ref_tokens, 0.0)
     else:
         ref_tokens = None
     output = LinearDPOOutput(
@@ -284,6 +287,8 @@ def linear_dpo_loss(
     )
     if not stats:
         return output
+    if plan.stats != checks.stats(stats):  # what the objective asked for beside them
+        tokens = tokens._replace(log_sum_sq_probs=None)
     return LinearDPOStats(*output, _at_labels(tokens, carrying, labels, detach=True))
 
 
@@ -334,6 +339,7 @@ def logits_dpo_loss(
         fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
     """
     head = checks.materialized(logits, cu_seqlens, logit_scale, softcap, temperature)
+    checks.flag("average_log_prob", average_log_prob)
     pairs = checks.pairs(pairs)
     labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
     resolved = objectives.resolve(
@@ -398,8 +404,10 @@ def get_batch_logps(
             is not −100.
     """
     checks.is_tensor("logits", logits)
-    if not logits.is_floating_point() or logits.dim() != 3:
-        checks.fail("logits", "of a floating-point dtype and shape [S, T, V]", checks.shape(logits))
+    if not logits.is_floating_point() or logits.dim() != 3 or logits.shape[-1] == 0:
+        should = "of a floating-point dtype and shape [S, T, V], V > 0"
+        checks.fail("logits", should, f"{logits.dtype} {checks.shape(logits)}")
+    checks.flag("average_log_prob", average_log_prob)
     labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
     # One look at the labels checks them; their rows are not needed here, ignored ones are skipped
@@ -453,8 +461,7 @@ def preference_loss(
         if value.shape != policy_chosen_logps.shape:
             checks.fail(name, f"of shape {checks.shape(policy_chosen_logps)}", checks.shape(value))
     checks.is_number("beta", beta, positive=True)
-    if not 0.0 <= label_smoothing < 0.5:
-        checks.fail("label_smoothing", "in [0, 0.5)", label_smoothing)
+    checks.smoothing(label_smoothing)
     if ipo and label_smoothing:
         checks.fail("label_smoothing", "0 with ipo, whose loss does not define it", label_smoothing)
     margins = policy_chosen_logps - policy_rejected_logps

@@ -50,6 +50,10 @@ class VocabParallel:
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.group not in _GROUPS:
+            raise ValueError(
+                f"group should be known: make it with `over` or `of`, got {self.group!r}"
+            )
         name = f"{self.group}/{self.rank} of {self.sizes}, {self.reduce_hidden_grad}"
         object.__setattr__(self, "name", name)
         _VOCABULARIES[name] = self
@@ -68,7 +72,8 @@ class VocabParallel:
             weight: [V_r, D] this process's rows; process r's first is entry V_0 + … + V_{r−1} of
                 the vocabulary. The numbers of rows may differ.
             group: the tensor-parallel processes; None: all of them.
-            reduce_hidden_grad: whether the gradient of hidden is added up over the group. False
+            reduce_hidden_grad: whether the gradient of hidden is added up over the group (it has to
+                be asked for on all of the processes then, or on none). False
                 leaves each process its own part, for hidden states that were gathered by an
                 operation whose backward adds them (Megatron-LM's sequence parallelism).
 
@@ -99,7 +104,8 @@ class VocabParallel:
                 torch.distributed has not been initialised.
         """
         group, sizes = _known(group), tuple(sizes)
-        if len(sizes) != dist.get_world_size(group) or min(sizes) < 1:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
+        if len(sizes) != dist.get_world_size(group) or not whole:
             count = dist.get_world_size(group)
             raise ValueError(f"sizes should be {count} positive numbers of rows, got {sizes}")
         return cls(sizes, dist.get_rank(group), group.group_name, reduce_hidden_grad)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdpo.backends import select
 from fastdpo.backends.torch import sequence_sums as _sums
+from fastdpo.once import differentiable_once
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class _SequenceSums(torch.autograd.Function):
         return _sums(logps, lengths)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (lengths,) = ctx.saved_tensors
         return _to_rows(grad, lengths, ctx.rows), None
@@ -104,7 +104,7 @@ class _SigmoidLoss(torch.autograd.Function):
         return result.loss, result.logps, result.rewards
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad_loss, grad_logps, _grad_rewards):
         offsets, coefficients = ctx.saved_tensors
         lengths = offsets.diff()

@@ -60,7 +60,12 @@ def sum_rows(total: Tensor) -> int:
 
 def padded_empty(n: int, columns: int, x: Tensor) -> Tensor:
     """An uninitialised [n, columns] in x's dtype whose rows start on aligned addresses."""
-    return cleared(padded_view(x.new_empty(n * _padded(columns, x)), n, columns))
+    return cleared(padded_view(padded_storage(n, columns, x), n, columns))
+
+
+def padded_storage(n: int, columns: int, x: Tensor) -> Tensor:
+    """Flat, for `padded_view`."""
+    return x.new_empty(n * _padded(columns, x))
 
 
 def padded_view(flat: Tensor, n: int, columns: int) -> Tensor:  # [...] -> [n, columns]

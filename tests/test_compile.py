@@ -191,6 +191,26 @@ def test_bad_labels_are_refused_when_the_graph_runs():
         compiled(hidden, labels.masked_fill(labels > 0, V))
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"average_log_prob": True}, {"ld_alpha": 0.5}], ids=str)
+def test_a_reference_per_token_says_anything_where_nothing_carries_loss(options, given):
+    hidden, _, labels = data()
+    weight, ref = torch.randn(V, D), -5 * torch.rand(labels.shape)
+    ref[labels == -100] = torch.nan
+    index = (labels.flatten() != -100).nonzero().squeeze(1)[: -2 if given else None]
+
+    def step(hidden, weight, labels, ref, index):
+        row_index = index if given else None
+        return linear_dpo_loss(
+            hidden, weight, labels, ref_logps=ref, row_index=row_index, **options
+        ).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    inputs = hidden, weight, labels, ref, index
+    torch.testing.assert_close(compiled(*inputs), step(*inputs))
+    assert step(*inputs).isfinite()
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_rows_are_found_once(frozen, monkeypatch):
     """For policy, reference and backward: on a GPU that is what a step waits for."""

@@ -395,3 +395,34 @@ def test_copies_are_probed_on_their_own():
     twin.lm_head.register_forward_hook(lambda module, args, output: output * 2.0)
     with pytest.raises(hf.UnsupportedModel):
         hf.sequence_logps(twin, input_ids, labels)
+
+
+def test_hooks_that_come_after_the_first_call_are_noticed():
+    model, (input_ids, _, labels) = build("Llama"), batch()
+    before = hf.sequence_logps(model, input_ids, labels)
+    harmless = model.lm_head.register_forward_hook(lambda module, args, output: None)
+    assert torch.equal(hf.sequence_logps(model, input_ids, labels), before)
+    harmless.remove()
+    for register in (
+        lambda: model.lm_head.register_forward_hook(lambda module, args, output: 2 * output),
+        lambda: model.lm_head.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    ):
+        hook = register()
+        with pytest.raises(hf.UnsupportedModel, match="differ"):
+            hf.sequence_logps(model, input_ids, labels)
+        hook.remove()
+    assert torch.equal(hf.sequence_logps(model, input_ids, labels), before)
+
+
+def test_logits_of_zero_verify_nothing(monkeypatch):
+    """A head that is still zero agrees with any family."""
+    model, (input_ids, _, labels) = build("Gemma2", tie_word_embeddings=False), batch()
+    monkeypatch.delitem(hf.FAMILIES, "Gemma2ForCausalLM")
+    weight = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    hf.sequence_logps(model, input_ids, labels)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(weight)
+    with pytest.raises(hf.UnsupportedModel, match="differ"):
+        hf.sequence_logps(model, input_ids, labels)

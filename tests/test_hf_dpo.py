@@ -264,3 +264,21 @@ def test_training_steps_lower_the_loss(models):
         losses.append(out.loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert (out.chosen_rewards > out.rejected_rewards).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["pairs", "ignore_index", "ref_hidden", "cu_seqlens", "row_index", "weight", "softcap"]
+)
+def test_what_model_and_batch_determine_is_refused(name):
+    model, (input_ids, _, labels) = build("Llama"), batch()
+    pairs = {"input_ids": input_ids, "labels": labels}
+    with pytest.raises(ValueError, match=f"^{name} should not be given"):
+        hf.dpo_loss(model, pairs, reference_free=True, **{name: None})
+
+
+@pytest.mark.parametrize("key", ["reference_chosen_logps", "ref_choosen_logps", "logps"])
+def test_a_misspelt_reference_is_refused(key):
+    model, (input_ids, _, labels) = build("Llama"), batch()
+    pairs = {"input_ids": input_ids, "labels": labels, key: torch.zeros(2)}
+    with pytest.raises(ValueError, match=f"batch should have its reference under .*{key}"):
+        hf.dpo_loss(model, pairs, model)

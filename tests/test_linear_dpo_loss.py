@@ -444,3 +444,26 @@ def test_a_reference_is_asked_for_where_it_is_needed():
         linear_dpo_loss(**arguments, objective="simpo")
     del arguments["ref_logps"]
     assert linear_dpo_loss(**arguments).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"average_log_prob": "false"}, "average_log_prob should be True or False"),
+        ({"stats": 3}, "stats should be a sequence of names"),
+        ({"stats": None}, "stats should be a sequence of names"),
+    ],
+)
+def test_flags_and_names_of_another_type(changed, message):
+    hidden, weight, labels, *_ = batch()
+    with pytest.raises(ValueError, match=message):
+        linear_dpo_loss(hidden, weight, labels, **changed)
+
+
+def test_only_what_was_asked_for_comes_back():
+    hidden, weight, labels, ref_hidden, _ = batch()
+    out = linear_dpo_loss(
+        hidden, weight, labels, ref_hidden=ref_hidden, use_weighting=True, stats=("entropy",)
+    )
+    assert out.tokens.entropy is not None
+    assert out.tokens.log_sum_sq_probs is None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from oracle import assert_as_accurate, eager_logits, eager_logps, grads_of
 
 from fastdpo.loss import linear_logps
@@ -304,13 +306,70 @@ def test_backward_twice(workspace):
         torch.testing.assert_close(a, b)
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("through", ["square", "sum"])
+def test_double_backward_is_refused(through, trained):
+    """Also where the incoming gradient is a constant, and a penalty would come to nothing."""
     hidden, weight, _, labels = make(6, 20, 4, torch.float64)
     hidden.requires_grad_()
-    loss = linear_logps(hidden, weight, labels).square().sum()
+    logps = linear_logps(hidden, weight.requires_grad_(trained), labels)
+    loss = (logps.square() if through == "square" else logps).sum()
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    (plain,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        (loss + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("workspace", [None, 15_000])
+def test_nothing_is_kept_once_the_gradient_is_there(workspace):
+    """E and what else the backward needs: freed with the graph, though the loss is still held."""
+    hidden, weight, _, labels = make(24, 3000, 16, torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    saved = []
+
+    def pack(t):
+        saved.append((t.numel(), weakref.ref(t)))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logps = linear_logps(hidden, weight, labels, workspace_bytes=workspace)
+    rows = int((labels != -100).sum())
+    largest = max(saved, key=lambda entry: entry[0])
+    columns = 3000 if workspace is None else 15_000 // (4 * rows) // 512 * 512
+    if columns:
+        assert largest[0] >= rows * columns
+    logps.sum().backward()
+    assert largest[1]() is None or largest[0] == weight.numel()
+    with pytest.raises(RuntimeError, match="second time"):
+        logps.sum().backward()
+
+
+def test_checkpointing_keeps_no_e():
+    hidden, weight, _, labels = make(24, 3000, 16, torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    ours = torch.utils.checkpoint.checkpoint(
+        lambda h, w: linear_logps(h, w, labels), hidden, weight, use_reentrant=False
+    )
+    plain = linear_logps(hidden, weight, labels)
+    for a, b in zip(
+        torch.autograd.grad(ours.sum(), (hidden, weight)),
+        torch.autograd.grad(plain.sum(), (hidden, weight)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_frozen_head_does_not_keep_hidden():
+    hidden, weight, _, labels = make(12, 50, 8, torch.float32)
+    states = hidden.requires_grad_() * 1.0
+    logps = linear_logps(states, weight, labels)
+    expected = torch.autograd.grad(logps.sum(), hidden, retain_graph=True)[0]
+    with torch.no_grad():
+        states.zero_()
+    assert torch.equal(torch.autograd.grad(logps.sum(), hidden)[0], expected)
 
 
 def test_two_runs_agree_to_the_bit():

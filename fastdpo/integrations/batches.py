@@ -86,6 +86,11 @@ def preference_batch(batch: Mapping[str, Any]) -> PreferenceBatch:
         labels = torch.where(completion_mask.bool(), input_ids, IGNORE_INDEX)
     row_index = rest.pop("row_index", None)
     reference = _reference(rest, input_ids.shape[0] // 2)
+    for key in rest:  # the models' forward would take it without a word
+        if key.startswith(("ref_", "reference_")) or "logps" in key:
+            raise ValueError(
+                f"batch should have its reference under {list(_REFERENCE_KEYS)}, got {key!r}"
+            )
     return PreferenceBatch(input_ids, labels, attention_mask, reference, row_index, rest)
 
 

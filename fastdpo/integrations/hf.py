@@ -15,6 +15,7 @@ model's own logits on the first call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -50,6 +51,10 @@ __all__ = [
     "vocab_parallel",
     "with_row_index",
 ]
+
+
+# What `linear_dpo_loss` takes and no objective does.
+_NOT_OBJECTIVES = frozenset(inspect.signature(core.linear_dpo_loss).parameters)
 
 
 class DPOOutput(NamedTuple):
@@ -177,6 +182,11 @@ def dpo_loss(
         ValueError: naming the argument or the key of the batch.
         UnsupportedModel: a ValueError; see `sequence_logps`.
     """
+    for name in objective_options:
+        if name in _NOT_OBJECTIVES:
+            raise ValueError(
+                f"{name} should not be given to dpo_loss, whose model and batch determine it"
+            )
     parts = preference_batch(batch)
     row_index = parts.row_index
     if reference_free:

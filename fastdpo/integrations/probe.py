@@ -29,11 +29,21 @@ _COLUMNS = 8192
 
 # Output head -> what was verified about it. The head module is the key, since a model that gets
 # adapters or a new head gets a new module, and because an entry must not keep a model alive.
-_verified: WeakKeyDictionary[nn.Module, tuple[str, HeadRule]] = WeakKeyDictionary()
+_verified: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
 
 
 def is_verified(head_module: nn.Module, lm: nn.Module, rule: HeadRule) -> bool:
-    return _verified.get(head_module) == (type(lm).__qualname__, rule)
+    return _verified.get(head_module) == _subject(head_module, lm, rule)
+
+
+def _subject(head_module: nn.Module, lm: nn.Module, rule: HeadRule) -> tuple[object, ...]:
+    """What the verification was of: hooks that come later may change the logits."""
+    hooks = (
+        tuple(registered)
+        for module in (head_module, lm)
+        for registered in (module._forward_pre_hooks, module._forward_hooks)
+    )
+    return type(lm).__qualname__, rule, *hooks
 
 
 def probe_rows(hidden: Tensor) -> Tensor:
@@ -84,8 +94,8 @@ def verify(
             f"{logits[row].abs().amax():.4g} and differ from lm_head's by up to {worst[row]:.4g}; "
             f"{_advice(name)}"
         )
-    if comparable.any():
-        _verified[head_module] = (type(lm).__qualname__, rule)
+    if (comparable & (limit > 0)).any():  # logits of 0 agree with anything
+        _verified[head_module] = _subject(head_module, lm, rule)
 
 
 def _advice(name: str) -> str:
