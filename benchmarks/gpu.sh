@@ -7,7 +7,7 @@
 # tuned.json, loss.json, accuracy.json, step.json and max-tokens.json. SECONDS (600 by default) is
 # for all of it.
 # A stage that runs out of time is cut off and leaves what it has; one that finds no time left is
-# skipped and said so. Naming stages (build tests sanitizer kernels tune loss step accuracy ncu
+# skipped and said so. Naming stages (build tests sanitizer kernels loss tune step accuracy ncu
 # max-tokens) runs those alone, and gives them the time of the others: ten minutes do not hold all of
 # it. A quarter of an hour, the machine's start included, holds these, one right after the other:
 #
@@ -18,8 +18,9 @@
 # "tune" looks for a faster tile: log.txt then has the line for configs.py. --cpu runs the same stages
 # at CPU sizes, to prove the script where there is no GPU.
 # PYTHON names the interpreter (the first of python and python3 that has PyTorch), WHEELS a folder
-# of wheels to install first, for peers where there is no registry. With pytest-xdist the tests run
-# six at a time.
+# of wheels to install first, for peers where there is no registry (TRL's needs: datasets,
+# multiprocess, dill), FASTDPO_COMMIT the commit where the tree came without its repository. With
+# pytest-xdist the tests run ten at a time.
 set -uo pipefail
 
 usage() {
@@ -35,7 +36,7 @@ fi
 [ $# -ge 1 ] || usage
 budget=${2:-600}
 case $budget in '' | *[!0-9]*) usage ;; esac
-all="build tests sanitizer kernels tune loss step accuracy ncu max-tokens"
+all="build tests sanitizer kernels loss tune step accuracy ncu max-tokens"
 chosen=" ${*:3} "
 for name in $chosen; do
   case " $all " in *" $name "*) ;; *) usage ;; esac
@@ -53,7 +54,6 @@ fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 end=$((SECONDS + budget))
 log=$out/log.txt
-: >"$log"
 
 say() { echo "[$SECONDS s] $*" | tee -a "$log"; }
 
@@ -62,24 +62,30 @@ wanted() { [ "$chosen" = "  " ] || [[ $chosen = *" $1 "* ]]; }
 
 left() { echo $((end - SECONDS)); }
 
-# The most seconds of each stage, and of those that are wanted together.
-declare -A most=([build]=120 [tests]=180 [sanitizer]=90 [kernels]=60 [tune]=75 [loss]=160 [step]=60
+# The seconds that each stage should do with.
+declare -A most=([build]=120 [tests]=180 [sanitizer]=90 [kernels]=60 [loss]=160 [tune]=60 [step]=60
   [accuracy]=45 [ncu]=40 [max-tokens]=60)
-together=0
-for name in $all; do
-  ! wanted "$name" || together=$((together + most[$name]))
-done
 
-# stage NAME LEAST COMMAND...: runs COMMAND for as long as the stage may, more where the budget is
-# more than all may, and not at all where less than LEAST is left. $limit, which COMMAND may use, is
-# the time it has.
+# later NAME: what the wanted stages after this one should do with.
+later() {
+  local name seen=no sum=0
+  for name in $all; do
+    if [ $seen = yes ] && wanted "$name"; then sum=$((sum + most[$name])); fi
+    [ "$name" != "$1" ] || seen=yes
+  done
+  echo $sum
+}
+
+# stage NAME LEAST COMMAND...: runs COMMAND for as long as the stage may, more where those after it
+# do not need what is left, and not at all where less than LEAST is left. $limit, which COMMAND may
+# use, is the time it has.
 stage() {
   local name=$1 least=$2 longest status
   shift 2
   wanted "$name" || return 0
   limit=$(left)
-  longest=${most[$name]}
-  [ "$budget" -le "$together" ] || longest=$((longest * budget / together))
+  longest=$((limit - $(later "$name")))
+  [ "$longest" -ge "${most[$name]}" ] || longest=${most[$name]}
   if [ "$limit" -lt "$least" ]; then
     say "$name: skipped, $limit s left and it needs $least"
     return 0
@@ -95,22 +101,22 @@ stage() {
   esac
 }
 
-# within COMMAND...: killed when $limit is over; interrupted first, so that it can end by itself.
-within() { timeout --signal=INT --kill-after=5 "$limit" "$@"; }
+# within COMMAND...: killed when $limit is over; interrupted before, so that it can still say what it
+# has found.
+within() {
+  local grace=$((limit > 60 ? 20 : 5))
+  timeout --signal=INT --kill-after=$grace $((limit - grace)) "$@"
+}
 
 # benchmark MODULE ARGUMENTS...: stops by itself shortly before it would be cut off.
 benchmark() {
   local module=$1
   shift
-  within "$python" -m "benchmarks.$module" --time-limit "$((limit > 30 ? limit - 15 : limit))" "$@"
+  within "$python" -m "benchmarks.$module" --time-limit "$((limit > 60 ? limit - 30 : limit))" "$@"
 }
 
 build() {
   local capability
-  if ! command -v nvcc >/dev/null; then
-    echo "no nvcc: the CUDA C++ backend is not built"
-    return 0
-  fi
   if [ $device = cpu ]; then
     echo "no GPU, no architecture to build for"
     return 0
@@ -124,9 +130,10 @@ print("%d.%d" % torch.cuda.get_device_capability())') || return
 # tests MARKS: adds to tests.txt.
 tests() {
   local workers=()
-  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 6); fi
-  within "$python" -m pytest -m "$1" -q --maxfail=20 --durations=5 -p no:cacheprovider \
-    "${workers[@]}" >>"$out/tests.txt" 2>&1
+  if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 10); fi
+  # -v names each test as it ends, so that a run that is cut off has said what failed.
+  within "$python" -m pytest -m "$1" -v --tb=short --maxfail=200 --durations=5 \
+    -p no:cacheprovider "${workers[@]}" >>"$out/tests.txt" 2>&1
   local status=$?
   tail -n 3 "$out/tests.txt"
   [ $status -eq 5 ] || return $status # 5: no test is marked
@@ -156,14 +163,24 @@ if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl >>"$log" 2>&1 ||
     say "wheels: not all of $WHEELS could be installed (see log.txt)"
 fi
-rm -f "$out/tests.txt"
+if [ $device = cuda ]; then
+  if [ -z "${FASTDPO_COMMIT:-}" ] && ! git rev-parse HEAD >/dev/null 2>&1; then
+    say "the commit is unknown: results will not name it (set FASTDPO_COMMIT)"
+  fi
+  for peer in trl.trainer.utils liger_kernel.chunked_loss cut_cross_entropy; do
+    "$python" -c "import $peer" 2>>"$log" || say "$peer cannot be imported: absent from the results"
+  done
+fi
+if wanted tests || wanted sanitizer; then rm -f "$out/tests.txt"; fi
 stage build 30 build
 stage tests 20 tests "gpu and not slow"
 stage sanitizer 20 tests "gpu and slow"
 stage kernels 20 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
+stage loss 20 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss" \
+  --providers fastdpo fastdpo-w0 eager compiled trl-selective trl-chunked liger-1 liger-all cce \
+  cce-exact
 FASTDPO_AUTOTUNE=1 stage tune 30 benchmark kernels --suite "$tuned" --device "$device" \
-  --out "$out/tuned"
-stage loss 20 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss"
+  --primitives exp_logits "exp_logits with E" --out "$out/tuned"
 stage step 30 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
 stage accuracy 20 benchmark accuracy --device "$device" "${accuracy[@]}" --no-plots \
   --out "$out/accuracy"

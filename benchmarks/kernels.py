@@ -13,6 +13,7 @@ says of an H200. Without a GPU nothing is timed, and the static table is printed
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,15 @@ SUITES = {
     "quick": (Shape("llama-3-8b", 4096),),
     "full": (
         Shape("llama-3-8b", 4096),
-        Shape("llama-3-8b", 64),
-        Shape("qwen2.5-7b", 8192),
         Shape("gemma-2-2b", 4096),
         Shape("gpt2", 8192),
+        Shape("llama-3-8b", 64),
         Shape("mistral-7b", 4096, torch.float32),
+        Shape("qwen2.5-7b", 8192),
     ),
     "tiny": (Shape("tiny", 40), Shape("tiny-softcap", 40, torch.float32)),
 }
-_PROTOCOL = Protocol(warmup=3, min_rounds=10, max_rounds=50, seconds=1.0)
+_PROTOCOL = Protocol(warmup=3, min_rounds=10, max_rounds=50, seconds=0.4)
 _FLOOR = "floor"
 
 
@@ -110,10 +111,14 @@ def run(args: argparse.Namespace) -> None:
     env = environment(args.device)
     tables.hardware(env, describe(env))
     how = {**_PROTOCOL.as_dict(), "model": kernels_model.H200}
-    doc = documents.document("kernels", "The primitives against their floors", env, how, [])
+    tuned = os.environ.get("FASTDPO_AUTOTUNE") == "1"
+    title = "The primitives against their floors" + ", with tiles that autotuning found" * tuned
+    doc = documents.document("kernels", title, env, how, [])
     for shape in SUITES["quick" if args.quick else args.suite]:
         measured: list[dict[str, Any]] = []
         for contest in () if deadline.passed else contests(shape, args.device):
+            if args.primitives and contest.name not in args.primitives:
+                continue
             measured += measure(contest, args.device, _PROTOCOL)
             if args.out:  # after each contest: a run that is cut off leaves what it has
                 so_far = {**doc, "results": doc["results"] + measured}
@@ -148,6 +153,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--suite", choices=SUITES, default="full")
+    parser.add_argument("--primitives", nargs="+", help="only these, by the names in the table")
     parser.add_argument("--quick", action="store_true", help="the suite of one shape")
     parser.add_argument("--static", action="store_true", help="compile, and time nothing")
     parser.add_argument("--device", type=torch.device, default=default_device())

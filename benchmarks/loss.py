@@ -24,7 +24,7 @@ from benchmarks.runner import run_scenario
 from benchmarks.scenarios import DTYPES, HEADS, REFERENCES, SUITES, TRAINS, Scenario
 
 _PROTOCOLS = {
-    "cuda": Protocol(warmup=3, min_rounds=5, max_rounds=50, seconds=1.0),
+    "cuda": Protocol(warmup=3, min_rounds=5, max_rounds=50, seconds=0.4),
     "cpu": Protocol(warmup=1, min_rounds=3, max_rounds=7, seconds=2.0, settle=1),
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from fastdpo.demo import model as models
 from fastdpo.demo.collate import Example
 from fastdpo.demo.evaluate import Evaluator
 from fastdpo.demo.options import InputError, Options
-from fastdpo.demo.pairs import Pair
+from fastdpo.demo.pairs import Pair, read_pairs
 from fastdpo.demo.setting import Setting
 from fastdpo.demo.train import dpo_step, step_metrics
 
@@ -204,3 +206,23 @@ def test_a_made_model_is_small_and_its_tokenizer_gives_every_text_back():
     model = models.make_model(tokenizer, 512)
     assert isinstance(model, transformers.LlamaForCausalLM)
     assert sum(p.numel() for p in model.parameters()) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": -1}, "--seed should be at least 0"),
+        ({"lr": float("inf")}, "--lr should be positive"),
+        ({"output": Path(__file__) / "below"}, "--output .* cannot be made"),
+    ],
+)
+def test_options_that_cannot_be(changed, message):
+    with pytest.raises(InputError, match=message):
+        Options(**changed).check()
+
+
+def test_a_pair_may_hold_other_ends_of_lines(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a\u2028b", "chosen": "c\x85", "rejected": "d"}
+    path.write_text("\n".join([json.dumps(row, ensure_ascii=False)] * 2) + "\n", encoding="utf-8")
+    assert read_pairs(path)[1].prompt == "a\u2028b"

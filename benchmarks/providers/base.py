@@ -87,4 +87,6 @@ def missing(module: str) -> str | None:
         __import__(module)
     except ImportError as error:
         return f"not installed ({error})"
+    except Exception as error:  # made for other versions than are here: as good as absent
+        return f"cannot be imported ({type(error).__name__}: {error})"
     return None

@@ -10,9 +10,9 @@ from benchmarks.providers.base import LogpsProvider, missing, no_compiler
 
 
 class CutCrossEntropy(LogpsProvider):
-    """The Triton kernels; `filter_eps` "high" is the package's default, None its exact mode."""
+    """The Triton kernels; `filter_eps` "auto" is the package's default, None its exact mode."""
 
-    def __init__(self, name: str, summary: str, impl: str, filter_eps: str | None = "high"):
+    def __init__(self, name: str, summary: str, impl: str, filter_eps: str | None = "auto"):
         self.name, self.summary = name, summary
         self.impl, self.filter_eps = impl, filter_eps
         self.compiles = True  # it compiles parts of itself in either implementation

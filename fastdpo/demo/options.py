@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,8 +79,12 @@ class Options:
             raise InputError("--sft-steps should be at least 0")
         if self.max_length < 8:
             raise InputError("--max-length should be at least 8")
-        if self.lr is not None and not self.lr > 0:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError("--lr should be positive")
+        if self.seed < 0:
+            raise InputError("--seed should be at least 0")
+        if self.lora and importlib.util.find_spec("peft") is None:
+            raise InputError("--lora needs peft: pip install peft")
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype should be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         self._check_backend()
@@ -123,6 +130,9 @@ class Options:
 
     def _check_output(self) -> None:
         if not self.output.exists():
+            above = next(p for p in self.output.absolute().parents if p.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise InputError(f"--output {self.output} cannot be made: {above} takes no files")
             return
         if not self.output.is_dir():
             raise InputError(f"--output {self.output} is a file")

@@ -36,7 +36,8 @@ def read_pairs(path: Path) -> list[Pair]:
         InputError: naming the file, the line and the column.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # By \n alone: JSON strings may hold the other characters that end lines.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"--data {path} cannot be read: {reason}") from None
