@@ -177,8 +177,8 @@ stage tests 20 tests "gpu and not slow"
 stage sanitizer 20 tests "gpu and slow"
 stage kernels 20 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
 stage loss 20 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss" \
-  --providers fastdpo fastdpo-w0 eager compiled trl-selective trl-chunked liger-1 liger-all cce \
-  cce-exact
+  --providers fastdpo fastdpo-w0 eager compiled trl-selective trl-chunked liger-1 \
+  liger-1-compiled cce cce-exact
 FASTDPO_AUTOTUNE=1 stage tune 30 benchmark kernels --suite "$tuned" --device "$device" \
   --primitives exp_logits "exp_logits with E" --out "$out/tuned"
 stage step 30 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
