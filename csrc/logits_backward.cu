@@ -9,7 +9,7 @@ int64_t logits_backward_splits(DType out_dtype, int64_t vocab, const void* out,
                                int64_t out_stride) {
   const int64_t size = size_of(out_dtype);
   const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 &&
-                       out_stride * size % kVectorBytes == 0;
+                       out_stride % (kVectorBytes / size) == 0;
   // Stretches begin at a 16-byte boundary at or before the row: leave room for the furthest.
   const int64_t before = aligned ? 0 : kVectorBytes - size;
   return ceil_div(vocab * size + before, logits_backward::kStretchBytes);
