@@ -258,13 +258,11 @@ def forward_pass(
     parts: list[ExpSums] = []
     for start in range(0, n, block):
         rows = slice(start, min(start + block, n))
-        out = (
-            stored[rows]
-            if stored is not None
-            else None
-            if scratch is None
-            else scratch[: rows.stop - start]
-        )
+        out = None
+        if stored is not None:
+            out = stored[rows]
+        elif scratch is not None:
+            out = scratch[: rows.stop - start]
         sums = backend.exp_logits(x[rows], head, labels[rows], target[rows], out=out, stats=asked)
         if shared is not None:
             sums, share = shared.joined(sums)
@@ -477,7 +475,7 @@ def _label_entry(state: RowState, head: Head) -> Tensor:
 def _set_label_entries(e: Tensor, labels: Tensor, entry: Tensor) -> None:
     """E[t, y_t] = entry_t, where the label is among E's columns."""
     column = labels.clamp(0, e.shape[1] - 1).unsqueeze(1)
-    inside = column.squeeze(1).eq(labels).unsqueeze(1)
+    inside = column == labels.unsqueeze(1)
     e.scatter_(1, column, torch.where(inside, entry.to(e.dtype).unsqueeze(1), e.gather(1, column)))
 
 

@@ -268,8 +268,6 @@ def linear_dpo_loss(
             ref_tokens = _token_logps(ref_hidden, ref_head, carrying, ref_plan).logps
     elif per_token_reference and ref_logps is not None:
         ref_tokens = carrying.gather(ref_logps.detach().flatten()).to(tokens.logps.dtype)
-        if segments.carries is not None:  # every row is there, and what it says may be anything
-            ref_tokens = torch.where(segments.carries, ref_tokens, 0.0)
     else:
         ref_tokens = None
     output = LinearDPOOutput(
@@ -361,7 +359,7 @@ def logits_dpo_loss(
     carrying = labels.masked_fill(labels == ignore_index, -1)
     ref_tokens = None
     if per_token_reference and ref_logps is not None:
-        ref_tokens = ref_logps.detach().masked_fill(carrying < 0, 0.0).flatten()
+        ref_tokens = ref_logps.detach().flatten()
     return LinearDPOOutput(
         *logits_objective(
             logits,

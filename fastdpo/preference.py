@@ -69,7 +69,7 @@ def sequence_objective(
         logps = logps * shared
         ref_tokens = None if ref_tokens is None else ref_tokens * shared
     if ref_tokens is not None:
-        ref_logps = sums_of(ref_tokens)
+        ref_logps = sums_of(_carrying(ref_tokens, segments))
         ref_logps = segments.average(ref_logps) if average else ref_logps
     elif ref_logps is not None:
         ref_logps = ref_logps.detach().to(logps.dtype)
@@ -112,7 +112,7 @@ def logits_objective(
     z: Tensor,  # [..., V] logits
     labels: Tensor,  # [...], negative where a row carries no loss
     head: Head,
-    ref_tokens: Tensor | None,  # [M], 0 where a row carries no loss
+    ref_tokens: Tensor | None,  # [M]
     ref_logps: Tensor | None,  # [S], where ref_tokens is None
     segments: sequences.Segments,  # of every row
     resolved: objectives.ResolvedObjective,
@@ -129,7 +129,8 @@ def logits_objective(
             tokens, ref_tokens, ref_logps, segments, resolved, average, pairs, backend
         )
     if ref_tokens is not None:
-        ref_logps = sequences.sequence_sums(ref_tokens.float(), segments.rows)
+        ref_tokens = _carrying(ref_tokens.float(), segments)
+        ref_logps = sequences.sequence_sums(ref_tokens, segments.rows)
         ref_logps = segments.average(ref_logps) if average else ref_logps
     elif ref_logps is None:
         ref_logps = z.new_zeros(segments.rows.shape, dtype=torch.float32)
@@ -146,6 +147,13 @@ def logits_objective(
         module=module,
     )
     return objectives.ObjectiveOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
+
+
+def _carrying(ref_tokens: Tensor, segments: sequences.Segments) -> Tensor:  # [N] -> [N]
+    """0 where every row is there and one carries no loss: what it was given may be anything."""
+    if segments.carries is None:
+        return ref_tokens
+    return torch.where(segments.carries, ref_tokens, 0.0)
 
 
 def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B], [B]

@@ -121,3 +121,10 @@ def test_linear_is_the_same_function_of_the_logits():
     expected = -torch.nn.functional.logsigmoid(margin).mean()
     torch.testing.assert_close(logits_dpo_loss(logits, labels, ref_logps=ref).loss, expected)
     assert linear_dpo_loss.__kwdefaults__["beta"] == logits_dpo_loss.__kwdefaults__["beta"] == 0.1
+
+
+def test_a_reference_per_token_says_anything_where_nothing_carries_loss():
+    logits, labels, _, ref = data(torch.float32)
+    expected = logits_dpo_loss(logits, labels, ref_logps=ref).loss
+    spoilt = ref.masked_fill(labels == -100, torch.nan)
+    assert torch.equal(logits_dpo_loss(logits, labels, ref_logps=spoilt).loss, expected)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations.unwrap import UnsupportedModel
@@ -42,11 +41,11 @@ def spread_of(
             "transformers' tensor parallelism: unshard it (fully_shard), or pass hidden states and "
             "the weight to fastdpo.loss"
         )
-    chunks = torch.arange(weight.shape[0]).chunk(mesh.size())  # as DTensor does
-    sizes = tuple(len(chunk) for chunk in chunks)
+    vocab, share = weight.shape[0], -(-weight.shape[0] // mesh.size())
+    sizes = [min(share, vocab - start) for start in range(0, vocab, share)]  # as DTensor does
     if len(sizes) < mesh.size():
         raise UnsupportedModel(
-            f"model: its {weight.shape[0]} vocabulary entries leave some of {mesh.size()} "
+            f"model: its {vocab} vocabulary entries leave some of {mesh.size()} "
             "tensor-parallel processes without any"
         )
     return VocabParallel.of(sizes, mesh.get_group())
