@@ -86,7 +86,8 @@ def sequence_logps(
     """log p(labels | input_ids) of each sequence under a causal language model of transformers.
 
     Args:
-        model: the model; inside DistributedDataParallel, torch.compile or PEFT's wrappers is fine.
+        model: the model; inside DistributedDataParallel, torch.compile or PEFT's wrappers is fine,
+            and so is transformers' tensor parallelism (all of its processes call).
         input_ids: [S, T] token ids.
         labels: [S, T] Hugging Face labels: the same positions as input_ids (they are shifted here),
             -100 where a token carries no loss.
