@@ -40,10 +40,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.autograd import differentiable_once, graph_is_kept
 from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
-from fastdpo.once import differentiable_once, graph_is_kept
 from fastdpo.parallel import VocabParallel
 from fastdpo.rows import Rows
 from fastdpo.workspace import (

@@ -17,9 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastdpo.autograd import differentiable_once, graph_is_kept
 from fastdpo.backends import select
 from fastdpo.head import Head
-from fastdpo.once import differentiable_once, graph_is_kept
 
 
 def token_logps(

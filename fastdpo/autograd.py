@@ -1,4 +1,6 @@
-"""Gradients that can be taken once: a second differentiation is refused, never silently zero."""
+"""What the autograd functions share: gradients that can be taken once, where a second
+differentiation is refused and never silently zero; and whether a graph will be needed again.
+"""
 
 from __future__ import annotations
 
