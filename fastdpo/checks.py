@@ -1,7 +1,5 @@
 """What bad input gets: a ValueError that names the argument and what it should be, before anything
 is computed.
-
-Called by `fastdpo.loss` and by nothing below it.
 """
 
 from __future__ import annotations
@@ -15,12 +13,15 @@ import torch
 from torch import Tensor
 
 from fastdpo import rows
+from fastdpo.autograd import is_traced
 from fastdpo.backends import select
 from fastdpo.head import Head
 from fastdpo.linear import STATS
 from fastdpo.objectives import ResolvedObjective
 from fastdpo.parallel import SequenceParallel, VocabParallel
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INT64_MAX = 2**63 - 1
 PAIRS = ("concatenated", "interleaved")
 
 
@@ -35,6 +36,17 @@ def shape(t: Tensor) -> str:
 def is_tensor(argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         fail(argument, "a torch.Tensor", type(value).__name__)
+
+
+def floating(argument: str, value: object) -> None:
+    """A dense tensor in a dtype that PyTorch computes in."""
+    is_tensor(argument, value)
+    assert isinstance(value, Tensor)
+    if value.dtype not in FLOATING:
+        names = [str(dtype).removeprefix("torch.") for dtype in FLOATING]
+        fail(argument, f"of a floating-point dtype among {names}", value.dtype)
+    if value.layout != torch.strided:
+        fail(argument, "a dense (strided) tensor", value.layout)
 
 
 def is_number(argument: str, value: float, *, positive: bool = False) -> None:
@@ -72,14 +84,10 @@ def lm_head(
     messages.
     """
     name = f"{prefix}hidden"
-    is_tensor(name, hidden)
-    is_tensor(f"{prefix}weight", weight)
-    if not hidden.is_floating_point():
-        fail(name, "of a floating-point dtype", hidden.dtype)
-    if not weight.is_floating_point():
-        fail(f"{prefix}weight", "of a floating-point dtype", weight.dtype)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        fail(f"{prefix}weight", "of shape [V, D] with V > 0", shape(weight))
+    floating(name, hidden)
+    floating(f"{prefix}weight", weight)
+    if weight.dim() != 2 or weight.numel() == 0:
+        fail(f"{prefix}weight", "of shape [V, D] with V > 0 and D > 0", shape(weight))
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         fail(
             name,
@@ -95,11 +103,11 @@ def lm_head(
             weight.dtype,
         )
     if bias is not None:
-        is_tensor(f"{prefix}bias", bias)
+        floating(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
             fail(f"{prefix}bias", f"of shape [{weight.shape[0]}]", shape(bias))
         _same_device(name, hidden, f"{prefix}bias", bias)
-        if not bias.is_floating_point() or (compute is None and bias.dtype != hidden.dtype):
+        if compute is None and bias.dtype != hidden.dtype:
             fail(f"{prefix}bias", f"of {name}'s dtype {hidden.dtype}", bias.dtype)
     _transform(logit_scale, softcap, temperature)
     return Head(
@@ -119,9 +127,7 @@ def materialized(
     temperature: float,
 ) -> Head:
     """What is still to be done to logits [2B, T, V], or [N, V] with cu_seqlens."""
-    is_tensor("logits", logits)
-    if not logits.is_floating_point():
-        fail("logits", "of a floating-point dtype", logits.dtype)
+    floating("logits", logits)
     if cu_seqlens is None:
         if logits.dim() != 3 or logits.shape[-1] == 0:
             should = "of shape [2B, T, V] with V > 0, or [N, V] with cu_seqlens"
@@ -152,9 +158,9 @@ def compute_dtype(hidden: Tensor) -> torch.dtype | None:
     inputs).
     """
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def labels(
@@ -171,6 +177,10 @@ def labels(
     if tuple(value.shape) != tuple(expected):
         fail("labels", f"of shape {list(expected)} to fit {of}", shape(value))
     _same_device(of, like, "labels", value)
+    if value.dtype == torch.uint64:
+        # The largest of them would come out negative, as what is ignored: 2^63 - 1 is as far
+        # outside of every vocabulary.
+        return value.view(torch.int64).where(value.view(torch.int64) >= 0, _INT64_MAX)
     return value.long()
 
 
@@ -183,13 +193,8 @@ def label_rows(
     """The rows that carry loss. On a GPU this waits for the device once, for their number and for
     whether every label is in range; with `row_index` it waits for nothing, and a label out of range
     trips a device-side assertion."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        fail("ignore_index", "an int", repr(ignore_index))
     if row_index is None:
-        carrying, outside = rows.count(value, ignore_index, vocab_size)
-        if outside:
-            _fail_label(value, ignore_index, vocab_size)
-        return rows.select(value, ignore_index, carrying)
+        return rows.select(value, ignore_index, label_values(value, ignore_index, vocab_size))
     is_tensor("row_index", row_index)
     if row_index.dtype != torch.int64 or row_index.dim() != 1:
         fail(
@@ -215,6 +220,29 @@ def label_rows(
     else:
         torch._assert_async(inside.all(), f"labels should be in [0, {vocab_size}) at row_index")
     return rows.Rows(picked, row_index, value.numel())
+
+
+def label_values(value: Tensor, ignore_index: int, vocab_size: int) -> int:
+    """How many of the labels [...] carry loss, all of them in range. Waits for a GPU once."""
+    carrying, outside = rows.count(value, ignore_index, vocab_size)
+    if outside:
+        _fail_label(value, ignore_index, vocab_size)
+    return carrying
+
+
+def inplace_backward(value: bool, logits: Tensor) -> None:
+    """Whether the gradient can lie where the logits do."""
+    flag("inplace_backward", value)
+    if value and not logits.is_contiguous():
+        fail("inplace_backward", "False for logits that are not contiguous", "True")
+    if value and logits.is_leaf and logits.requires_grad:
+        fail("inplace_backward", "False for logits that are a leaf with a gradient", "True")
+
+
+def ignored(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        fail("ignore_index", "an int", repr(value))
+    return value
 
 
 def stats(value: Sequence[str]) -> tuple[str, ...]:
@@ -292,7 +320,7 @@ def boundaries(
             f"{value.dtype} {shape(value)}",
         )
     _same_device(of, like, "cu_seqlens", value)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if value.device.type == "cpu" and not is_traced(value):
         ends = value.tolist()
         if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in itertools.pairwise(ends)):
             fail("cu_seqlens", f"ascending from 0 to the number of rows, {total}", ends)
@@ -371,9 +399,7 @@ def reference_logps(
     """Whether ref_logps is per token."""
     if ref_logps is None:
         return False
-    is_tensor("ref_logps", ref_logps)
-    if not ref_logps.is_floating_point():
-        fail("ref_logps", "of a floating-point dtype", ref_logps.dtype)
+    floating("ref_logps", ref_logps)
     if ref_logps.device != labels.device:
         fail("ref_logps", f"on hidden's device {labels.device}", ref_logps.device)
     if ref_logps.shape == (count,):

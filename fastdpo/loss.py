@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo import checks, compiled, linear, objectives, rows, sequences
+from fastdpo.autograd import is_traced
 from fastdpo.head import Head
+from fastdpo.logits import checked_labels
 from fastdpo.logits import token_logps as _token_logps_of_logits
 from fastdpo.parallel import SequenceParallel, VocabParallel
 from fastdpo.preference import (
@@ -306,17 +308,17 @@ def logits_dpo_loss(
     ignore_index: int = -100,
     backend: str | None = None,
     cu_seqlens: Tensor | None = None,  # [2B + 1]
+    inplace_backward: bool = False,
     **objective_options: object,
 ) -> LinearDPOOutput:
     """`linear_dpo_loss` for code that has the policy's logits already.
 
-    They are read once, and their gradient is written over them where nothing else holds them and
-    the graph is not retained. On the CUDA C++ backend the default objective is one launch sequence
-    from the logits to the loss and its coefficients.
+    They are read once in the forward and once in the backward. On the CUDA C++ backend the
+    default objective is one launch sequence from the logits to the loss and its coefficients.
 
     Args:
-        logits: [2B, T, V], any floating-point dtype; or packed, [N, V] with `cu_seqlens`. Rows any
-            stride apart are read where they lie; where [2B, T] cannot be viewed as one dimension
+        logits: [2B, T, V] in fp32, bf16, fp16 or fp64; or packed, [N, V] with `cu_seqlens`. Rows
+            any stride apart are read where they lie; where [2B, T] cannot be viewed as one dimension
             (`logits[:, :-1]`) they are copied first: ignore the last label instead.
         labels: [2B, T] (packed: [N]), aligned with logits: the label of a position is the token to
             predict there.
@@ -328,6 +330,11 @@ def logits_dpo_loss(
                 states.
         logit_scale, softcap, temperature: what is still to be done to the logits, as in
             `linear_logps`.
+        inplace_backward: let the backward write the logits' gradient over the logits, which saves
+            memory of their size. For logits that nothing reads after the loss: whoever else holds
+            them (a detached copy that shares their memory, numpy) finds the gradient there. A
+            backward that retains the graph, and a compiled one (whose memory torch.compile plans),
+            still write elsewhere.
 
     Returns:
         LinearDPOOutput, as `linear_dpo_loss`.
@@ -353,10 +360,11 @@ def logits_dpo_loss(
     checks.sequence_count(count, resolved, logits.device, cu_seqlens)
     per_token_reference = checks.reference_logps(ref_logps, labels, count)
     backend = checks.backend(backend)
-    checks.label_rows(labels.flatten(), ignore_index, logits.shape[-1], None)
+    checks.inplace_backward(inplace_backward, logits)
+    checks.ignored(ignore_index)
 
+    carrying = checked_labels(labels, ignore_index, logits.shape[-1])
     segments = segments_of(labels, ignore_index, cu_seqlens, None, every_row=True)
-    carrying = labels.masked_fill(labels == ignore_index, -1)
     ref_tokens = None
     if per_token_reference and ref_logps is not None:
         ref_tokens = ref_logps.detach().flatten()
@@ -372,6 +380,7 @@ def logits_dpo_loss(
             average_log_prob,
             pairs,
             backend,
+            inplace_backward,
         )
     )
 
@@ -380,18 +389,20 @@ def get_batch_logps(
     logits: Tensor,  # [S, T, V]
     labels: Tensor,  # [S, T]
     average_log_prob: bool = False,
+    *,
+    inplace_backward: bool = False,
 ) -> Tensor:  # [S]
     """Sequence log-probabilities from materialized logits, as the original DPO repository's
     `_get_batch_logps`.
 
     Labels are shifted here: the logits of position t predict the label of position t + 1. The
-    logits are read once, and their gradient is written over them where nothing else holds them and
-    the graph is not retained.
+    logits are read once in the forward and once in the backward.
 
     Args:
-        logits: [S, T, V], any floating-point dtype.
+        logits: [S, T, V] in fp32, bf16, fp16 or fp64.
         labels: [S, T] integers; −100 carries no loss. They are not modified.
         average_log_prob: the mean over the tokens that carry loss instead of the sum.
+        inplace_backward: as in `logits_dpo_loss`.
 
     Returns:
         [S] in fp32 (fp64 for fp64 logits); 0 for a sequence without tokens that carry loss, where
@@ -401,18 +412,16 @@ def get_batch_logps(
         ValueError: naming the argument, for shapes that do not fit or a label outside [0, V) that
             is not −100.
     """
-    checks.is_tensor("logits", logits)
-    if not logits.is_floating_point() or logits.dim() != 3 or logits.shape[-1] == 0:
-        should = "of a floating-point dtype and shape [S, T, V], V > 0"
-        checks.fail("logits", should, f"{logits.dtype} {checks.shape(logits)}")
+    checks.floating("logits", logits)
+    if logits.dim() != 3 or logits.shape[-1] == 0:
+        checks.fail("logits", "of shape [S, T, V] with V > 0", checks.shape(logits))
     checks.flag("average_log_prob", average_log_prob)
+    checks.inplace_backward(inplace_backward, logits)
     labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
-    # One look at the labels checks them; their rows are not needed here, ignored ones are skipped
-    # by the kernel.
-    checks.label_rows(shifted.flatten(), -100, logits.shape[-1], None)
+    targets = checked_labels(shifted, -100, logits.shape[-1])
     head = Head(logits.new_empty(0))
-    per_token = _token_logps_of_logits(logits, shifted.masked_fill(shifted == -100, -1), head)
+    per_token = _token_logps_of_logits(logits, targets, head, inplace=inplace_backward)
     lengths = (shifted != -100).sum(-1)
     all_rows = torch.full_like(lengths, shifted.shape[1])
     sums = sequences.sequence_sums(per_token.flatten(), all_rows)
@@ -636,7 +645,8 @@ def _rows(
 ) -> rows.Rows | compiled.DeferredRows:
     """The rows that carry loss, checked; while torch.compile traces, the promise of them."""
     flat, size = labels.flatten(), plan.vocab_size(head)
-    if torch.compiler.is_compiling():
+    checks.ignored(ignore_index)
+    if is_traced(flat):
         return compiled.DeferredRows.find(flat, ignore_index, size, row_index)
     return checks.label_rows(flat, ignore_index, size, row_index)
 

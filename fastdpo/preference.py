@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdpo import linear, logits, objectives, rows, sequences
+from fastdpo.autograd import is_traced
 from fastdpo.backends.torch import accumulate_dtype
 from fastdpo.head import Head
 from fastdpo.parallel import SequenceParallel
@@ -35,7 +36,7 @@ def segments_of(
     else:
         lengths = rows.lengths_packed(carries, cu_seqlens)
         positions = cu_seqlens.long().diff()
-    if every_row or torch.compiler.is_compiling():
+    if every_row or is_traced(labels):
         return sequences.Segments(positions, lengths, carries.flatten())
     return sequences.Segments(lengths, lengths)
 
@@ -119,11 +120,13 @@ def logits_objective(
     average: bool,
     pairs: str,
     backend: str | None,
+    inplace: bool,
 ) -> objectives.ObjectiveOutput:
     """Materialized logits to the loss: in one launch sequence, where a backend has it."""
     module = logits.fused_loss(z, backend) if resolved.fused_sigmoid else None
-    if module is None or torch.compiler.is_compiling():
-        tokens = linear.TokenLogps(logits.token_logps(z, labels, head, backend).flatten())
+    if module is None:
+        logps = logits.token_logps(z, labels, head, backend, inplace=inplace)
+        tokens = linear.TokenLogps(logps.flatten())
         ref_tokens = None if ref_tokens is None else ref_tokens.to(tokens.logps.dtype)
         return sequence_objective(
             tokens, ref_tokens, ref_logps, segments, resolved, average, pairs, backend
@@ -145,6 +148,7 @@ def logits_objective(
         average=average,
         pairs=pairs,
         module=module,
+        inplace=inplace,
     )
     return objectives.ObjectiveOutput(loss, *_split(sums, pairs), *_split(rewards, pairs))
 

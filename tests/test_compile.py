@@ -90,6 +90,34 @@ def test_a_step_compiles_whole(name, frozen):
         compare(step, module, (hidden, ref, labels))
 
 
+@pytest.mark.parametrize("objective", ["sigmoid", "plackett_luce", "kto"])
+def test_under_a_default_device(objective):
+    """A mode that intercepts functions: methods that PyTorch wrote in Python do not trace there."""
+    hidden, ref, labels = data()
+    module = nn.Linear(D, V)
+    options = {
+        "kto": {"desirable": torch.tensor([True, False, True, False]), "kl": 0.0},
+        "plackett_luce": {"num_candidates": 4},
+    }
+
+    def step(m, hidden, ref, labels):
+        return linear_dpo_loss(
+            hidden,
+            m.weight,
+            labels,
+            bias=m.bias,
+            ref_hidden=ref,
+            objective=objective,
+            **options.get(objective, {}),
+        )
+
+    torch.set_default_device("cpu")
+    try:
+        compare(step, module, (hidden, ref, labels))
+    finally:
+        torch.set_default_device(None)
+
+
 def test_through_inductor():
     hidden, ref, labels = data()
     module = nn.ModuleDict({"layer": nn.Linear(D, D), "head": nn.Linear(D, V)})

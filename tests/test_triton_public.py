@@ -239,7 +239,7 @@ def test_the_gradient_over_the_logits_is_an_operator_of_its_own(monkeypatch):
     monkeypatch.delattr(ops, "logits_logps_backward")
     leaf = torch.randn(4, 9, 301, device=DEVICE, requires_grad=True)
     labels = torch.randint(0, 301, (4, 9), device=DEVICE)
-    get_batch_logps(leaf * 1.0, labels).sum().backward()
+    get_batch_logps(leaf * 1.0, labels, inplace_backward=True).sum().backward()
     found, leaf.grad = leaf.grad, None
     monkeypatch.setenv(select.ENVIRONMENT_VARIABLE, "torch")
     get_batch_logps(leaf * 1.0, labels).sum().backward()

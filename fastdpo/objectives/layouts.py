@@ -123,8 +123,8 @@ def by_rank(
     pairs: str,
 ) -> Tensor:  # [K, B], a view
     if pairs == "interleaved":
-        return values.unflatten(0, (values.shape[0] // ranks, ranks)).t()
-    return values.unflatten(0, (ranks, values.shape[0] // ranks))
+        return values.view(values.shape[0] // ranks, ranks).t()
+    return values.view(ranks, values.shape[0] // ranks)
 
 
 def token_counts(sequences: SequenceLogps) -> Tensor:  # [S]
