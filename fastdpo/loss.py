@@ -123,8 +123,9 @@ def linear_logps(
             through the entropy raises RuntimeError.
         workspace_bytes: memory that may be kept between forward and backward when the head is
             trained, beyond gradients.
-            None: 512 MiB on a CPU, 2 GiB on a GPU. More of it means less recomputation (3 instead
-                of 4 products).
+            None: 2 GiB on a GPU, on a CPU 128 MiB (512 MiB for 16-bit inputs, which cost more to
+            compute again); 256 and 32 MiB where that would hold less than a quarter of what could
+            be kept. More of it means less recomputation (3 instead of 4 products).
         backend: "torch", "triton", "cuda", "auto", or None for the environment variable
             FASTDPO_BACKEND, else "auto".
         row_index: [N] int64, the flattened positions that carry loss, ascending, where the caller

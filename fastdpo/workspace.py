@@ -1,7 +1,7 @@
 """How large the pieces are: blocks of rows, columns of E that are kept, and how E lies in memory.
 
 Everything here is a function of shapes, dtype and device alone. `budget` is `workspace_bytes`: what
-may be kept between forward and backward, None for the device's default.
+may be kept between forward and backward, None for the default (`_default_budget`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from torch import Tensor
 _BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 _RECOMPUTE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _SUM_BYTES = 32 << 20  # of fp32 products on their way into a sum
-_DEFAULT_WORKSPACE = {"cpu": 512 << 20, "cuda": 2 << 30}
+# E computed again costs a CPU 12 % of an fp32 step, and more of a 16-bit one, whose operands it has
+# to widen again (benchmarks/results/cpu-workspace.csv).
+_DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 2 << 30}
+_DEFAULT_WORKSPACE_16_BIT = {"cpu": 512 << 20, "cuda": 2 << 30}
+# A default that holds less than this part of E saves less than a quarter of it of one product in
+# four: then no more is kept than a recomputed block needs anyway.
+_WORTH_KEEPING = 0.25
 _ROW_MULTIPLE = 64
 _COLUMN_MULTIPLE = 512
 # E's rows start on 128-byte boundaries, which bulk copies and matrix products like.
@@ -25,7 +31,7 @@ def columns_kept(n: int, vocab: int, x: Tensor, budget: int | None) -> int:
     """How many columns of E the workspace holds for n rows: all, or a multiple of
     _COLUMN_MULTIPLE.
     """
-    budget = _by_device(_DEFAULT_WORKSPACE, x) if budget is None else budget
+    budget = _default_budget(n, vocab, x) if budget is None else budget
     row_bytes = budget // max(1, n)
     if _padded(vocab, x) * x.element_size() <= row_bytes:
         return vocab
@@ -36,9 +42,19 @@ def workspace_elements(
     n: int, vocab: int, x: Tensor, dtype: torch.dtype, budget: int | None
 ) -> int:
     """How many elements of `dtype` E may take for at most n rows."""
-    budget = _by_device(_DEFAULT_WORKSPACE, x) if budget is None else budget
+    budget = _largest_default(x, dtype) if budget is None else budget
     step = _ROW_ALIGNMENT_BYTES // dtype.itemsize
     return min(budget // dtype.itemsize, n * -(-vocab // step) * step)
+
+
+def _default_budget(n: int, vocab: int, x: Tensor) -> int:
+    budget = _largest_default(x, x.dtype)
+    whole = n * _padded(vocab, x) * x.element_size()
+    return budget if budget >= _WORTH_KEEPING * whole else _by_device(_RECOMPUTE_BYTES, x)
+
+
+def _largest_default(x: Tensor, dtype: torch.dtype) -> int:
+    return _by_device(_DEFAULT_WORKSPACE_16_BIT if dtype.itemsize == 2 else _DEFAULT_WORKSPACE, x)
 
 
 def recompute_columns(n: int, vocab: int, x: Tensor) -> int:

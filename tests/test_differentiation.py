@@ -79,6 +79,7 @@ def test_a_second_derivative_is_refused_whatever_way_it_is_asked_for(name, train
         lambda: product(materialize_grads=True),
         penalty,
         lambda: f(theta).backward(create_graph=True),
+        lambda: f(theta).square().backward(create_graph=True),
         lambda: functional.hessian(f, theta),
         lambda: functional.hvp(f, theta, v),
         lambda: functional.vhp(f, theta, v),

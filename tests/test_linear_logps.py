@@ -306,21 +306,6 @@ def test_backward_twice(workspace):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("through", ["square", "sum"])
-def test_double_backward_is_refused(through, trained):
-    """Also where the incoming gradient is a constant, and a penalty would come to nothing."""
-    hidden, weight, _, labels = make(6, 20, 4, torch.float64)
-    hidden.requires_grad_()
-    logps = linear_logps(hidden, weight.requires_grad_(trained), labels)
-    loss = (logps.square() if through == "square" else logps).sum()
-    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    (plain,) = torch.autograd.grad(loss, hidden, retain_graph=True)
-    assert torch.equal(grad, plain)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        (loss + grad.square().sum()).backward()
-
-
 @pytest.mark.parametrize("workspace", [None, 15_000])
 def test_nothing_is_kept_once_the_gradient_is_there(workspace):
     """E and what else the backward needs: freed with the graph, though the loss is still held."""
