@@ -12,17 +12,15 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fastdpo import rows
 from fastdpo.autograd import is_traced
 from fastdpo.backends import select
+from fastdpo.call import STATS
 from fastdpo.head import Head
-from fastdpo.linear import STATS
-from fastdpo.objectives import ResolvedObjective
+from fastdpo.objectives import PAIRS, ResolvedObjective
 from fastdpo.parallel import SequenceParallel, VocabParallel
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64_MAX = 2**63 - 1
-PAIRS = ("concatenated", "interleaved")
 
 
 def fail(argument: str, should: str, got: object) -> NoReturn:
@@ -184,50 +182,50 @@ def labels(
     return value.long()
 
 
-def label_rows(
-    value: Tensor,  # [M]
+def label_values(
+    value: Tensor,  # [...]
     ignore_index: int,
     vocab_size: int,
-    row_index: Tensor | None,  # [N]
-) -> rows.Rows:
-    """The rows that carry loss. On a GPU this waits for the device once, for their number and for
-    whether every label is in range; with `row_index` it waits for nothing, and a label out of range
-    trips a device-side assertion."""
-    if row_index is None:
-        return rows.select(value, ignore_index, label_values(value, ignore_index, vocab_size))
-    is_tensor("row_index", row_index)
-    if row_index.dtype != torch.int64 or row_index.dim() != 1:
-        fail(
-            "row_index",
-            "a one-dimensional tensor of int64",
-            f"{row_index.dtype} {shape(row_index)}",
-        )
-    _same_device("labels", value, "row_index", row_index)
-    if row_index.device.type == "cpu" and row_index.numel():
-        if int(row_index.min()) < 0 or int(row_index.max()) >= value.numel():
-            fail("row_index", f"positions in [0, {value.numel()})", "others")
-        if bool((row_index.diff() <= 0).any()):
+) -> tuple[Tensor, int]:
+    """Which labels carry loss [...], and how many do, all of them in [0, V): the one wait for a
+    GPU.
+    """
+    carries = value != ignore_index
+    outside = carries & ((value < 0) | (value >= vocab_size))
+    count, bad = torch.stack([carries.sum(), outside.sum()]).tolist()
+    if bad:
+        should = f"in [0, {vocab_size}) or ignore_index ({ignore_index})"
+        fail("labels", should, f"{value[outside][0].item()} among them")
+    return carries, count
+
+
+def row_index(
+    value: Tensor,  # [N]
+    labels: Tensor,  # [M]
+) -> None:
+    is_tensor("row_index", value)
+    if value.dtype != torch.int64 or value.dim() != 1:
+        should = "a one-dimensional tensor of int64"
+        fail("row_index", should, f"{value.dtype} {shape(value)}")
+    _same_device("labels", labels, "row_index", value)
+    if value.is_cpu and value.numel() and not is_traced(value):
+        if int(value.min()) < 0 or int(value.max()) >= labels.numel():
+            fail("row_index", f"positions in [0, {labels.numel()})", "others")
+        if bool((value.diff() <= 0).any()):
             fail("row_index", "in strictly ascending order", "another order")
-    picked = value.index_select(0, row_index)
-    inside = (picked >= 0) & (picked < vocab_size)
-    if picked.device.type == "cpu":
-        if not bool(inside.all()):
-            fail(
-                "labels",
-                f"in [0, {vocab_size}) at every position of row_index",
-                picked[~inside][0].item(),
-            )
-    else:
-        torch._assert_async(inside.all(), f"labels should be in [0, {vocab_size}) at row_index")
-    return rows.Rows(picked, row_index, value.numel())
 
 
-def label_values(value: Tensor, ignore_index: int, vocab_size: int) -> int:
-    """How many of the labels [...] carry loss, all of them in range. Waits for a GPU once."""
-    carrying, outside = rows.count(value, ignore_index, vocab_size)
-    if outside:
-        _fail_label(value, ignore_index, vocab_size)
-    return carrying
+def picked_labels(
+    value: Tensor,  # [N] at the positions of row_index
+    vocab_size: int,
+) -> None:
+    """On a GPU nothing waits: a label out of range trips a device-side assertion."""
+    inside = (value >= 0) & (value < vocab_size)
+    should = f"in [0, {vocab_size}) at every position of row_index"
+    if not value.is_cpu:
+        torch._assert_async(inside.all(), f"labels should be {should}")
+    elif not bool(inside.all()):
+        fail("labels", should, value[~inside][0].item())
 
 
 def inplace_backward(value: bool, logits: Tensor) -> None:
@@ -407,15 +405,6 @@ def reference_logps(
     if ref_logps.shape != labels.shape:
         fail("ref_logps", f"of shape [{count}] or {shape(labels)}", shape(ref_logps))
     return True
-
-
-def _fail_label(value: Tensor, ignore_index: int, vocab_size: int) -> NoReturn:
-    bad = (value != ignore_index) & ((value < 0) | (value >= vocab_size))
-    fail(
-        "labels",
-        f"in [0, {vocab_size}) or ignore_index ({ignore_index})",
-        f"{value[bad][0].item()} among them",
-    )
 
 
 def _same_device(a: str, first: Tensor, b: str, second: Tensor) -> None:

@@ -40,11 +40,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.autograd import differentiable_once, graph_is_kept
 from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
 from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.call import Call
 from fastdpo.head import Head
-from fastdpo.parallel import VocabParallel
 from fastdpo.rows import Rows
 from fastdpo.workspace import (
     cleared,
@@ -57,8 +56,6 @@ from fastdpo.workspace import (
     sum_rows,
 )
 
-STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-
 # Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40):
 # the latter are far, and log(1 + e^δ S) is taken in the log domain.
 _FAR = 20.0
@@ -67,114 +64,6 @@ NO_STATISTICS_GRADIENT = (
     "it enters a loss"
 )
 _HALF_LOG_SUM = 10 * math.log(2.0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The options of one call, and which gradients it must be ready for."""
-
-    stats: tuple[str, ...] = ()
-    workspace_bytes: int | None = None
-    backend: str | None = None
-    compute_dtype: torch.dtype | None = (
-        None  # what hidden and head are cast to first; None: as they are
-    )
-    vocab_parallel: VocabParallel | None = None
-
-    def local(self, labels: Tensor) -> Tensor:  # [N] -> [N]
-        """Labels as entries of this process's part of the vocabulary."""
-        return labels if self.vocab_parallel is None else self.vocab_parallel.local(labels)
-
-    def vocab_size(self, head: Head) -> int:
-        """Entries of the whole vocabulary."""
-        shared = self.vocab_parallel
-        return head.vocab_size if shared is None else shared.vocab_size
-
-
-class TokenLogps(NamedTuple):
-    """Per row that carries loss: label log-probabilities and the statistics asked for, each [N]."""
-
-    logps: Tensor
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-
-
-def token_logps(
-    hidden: Tensor,  # [M, D]
-    head: Head,
-    rows: Rows,
-    plan: Plan,
-) -> TokenLogps:
-    """Label log-probabilities of the rows that carry loss, differentiable in hidden, weight and
-    bias.
-    """
-    grad = torch.is_grad_enabled()
-    needs = Needs(
-        *(grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias))
-    )
-    outputs = _TokenLogps.apply(hidden, head.weight, head.bias, head, rows, plan, needs)
-    return TokenLogps(outputs[0], **dict(zip(plan.stats, outputs[1:], strict=True)))
-
-
-class _TokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, rows: Rows, plan: Plan, needs: Needs):
-        ctx.set_materialize_grads(False)
-        with without_autocast(hidden):
-            head = dataclasses.replace(head, weight=weight, bias=bias)
-            x, cast = operands(hidden, head, rows, plan)
-            forward = forward_pass(x, cast, rows.labels, plan, needs)
-        if needs.any:
-            kept, product = forward.kept, forward.hidden_product
-            # All of it as saved tensors, E as well: freed when the backward is done, and seen by
-            # checkpointing and offloading.
-            ctx.save_for_backward(
-                *((hidden, weight, bias) if product is None else (None, None, None)),
-                rows.labels,
-                rows.index,
-                *forward.row_state,
-                product,
-                None if kept is None else kept.flat,
-            )
-            ctx.columns = 0 if kept is None else kept.columns
-            ctx.head, ctx.total, ctx.plan, ctx.needs = _shell(head), rows.total, plan, needs
-            ctx.dtype = hidden.dtype
-        stats = tuple(forward.stats[name] for name in plan.stats)
-        ctx.mark_non_differentiable(
-            *(s for name, s in zip(plan.stats, stats, strict=True) if name != "entropy")
-        )
-        return forward.logps, *stats
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad_logps, *grad_stats):
-        if any(grad is not None for grad in grad_stats):
-            raise RuntimeError(NO_STATISTICS_GRADIENT)
-        if grad_logps is None:
-            return (None,) * 7
-        hidden, weight, bias, labels, index, *row_state, product, flat = ctx.saved_tensors
-        rows = Rows(labels, index, ctx.total)
-        with without_autocast(grad_logps):
-            if product is not None:
-                grad = frozen_head_backward(grad_logps, product, rows, ctx.plan, ctx.dtype)
-                return grad, *(None,) * 6
-            kept = None
-            if flat is not None:
-                # Its memory is scratch afterwards, unless the graph will be gone through again.
-                kept = Kept(flat, len(labels), ctx.columns, spendable=not graph_is_kept())
-            grads = backward_pass(
-                grad_logps,
-                hidden,
-                dataclasses.replace(ctx.head, weight=weight, bias=bias),
-                rows,
-                ctx.plan,
-                ctx.needs,
-                RowState(*row_state),
-                kept,
-            )
-        return *grads, *(None,) * 4
 
 
 class Needs(NamedTuple):
@@ -232,21 +121,21 @@ def forward_pass(
     x: Tensor,  # [N, D] rows that carry loss, in the compute dtype
     head: Head,
     labels: Tensor,  # [N]
-    plan: Plan,
+    call: Call,
     needs: Needs,
     storage: Tensor | None = None,  # flat, for E; allocated where None
 ) -> ForwardPass:
-    n, vocab, shared = x.shape[0], head.vocab_size, plan.vocab_parallel
-    labels = plan.local(labels)
+    n, vocab, shared = x.shape[0], head.vocab_size, call.vocab_parallel
+    labels = call.local(labels)
     ready = x.dtype != torch.float16  # may E be formed before the sums are known?
-    backend = select.primitive("exp_logits", x, plan.backend)
-    target = _target_logits(x, head, labels, plan)
+    backend = select.primitive("exp_logits", x, call.backend)
+    target = _target_logits(x, head, labels, call)
     # Every process makes as many blocks: they talk in each.
     block = row_block(vocab if shared is None else shared.largest, x)
 
     kept = product = scratch = stored = None
     if ready and needs.head:
-        columns = columns_kept(n, vocab, x, plan.workspace_bytes)
+        columns = columns_kept(n, vocab, x, call.workspace_bytes)
         if columns:
             kept = Kept(padded_storage(n, columns, x) if storage is None else storage, n, columns)
             stored = cleared(kept.buffer)
@@ -254,7 +143,7 @@ def forward_pass(
         product = torch.empty_like(x)
         scratch = padded_empty(min(block, n), vocab, x)
 
-    asked = tuple(s for s in plan.stats if s != "mean_logits" or head.softcap is not None)
+    asked = tuple(s for s in call.stats if s != "mean_logits" or head.softcap is not None)
     parts: list[ExpSums] = []
     for start in range(0, n, block):
         rows = slice(start, min(start + block, n))
@@ -278,7 +167,7 @@ def forward_pass(
     sums = _joined(parts, target)
     state = RowState(target, sums.anchor, sums.sum)
     logps = _logps(state)
-    stats = {name: _statistic(name, x, head, state, sums, logps, plan) for name in plan.stats}
+    stats = {name: _statistic(name, x, head, state, sums, logps, call) for name in call.stats}
     return ForwardPass(logps, stats, state, kept, product)
 
 
@@ -286,12 +175,12 @@ def frozen_head_backward(
     grad_logps: Tensor,  # [N]
     product: Tensor,  # U [N, D]
     rows: Rows,
-    plan: Plan,
+    call: Call,
     dtype: torch.dtype,  # of hidden
 ) -> Tensor:
     """The gradient of hidden [M, D]: g · U."""
     scaled = product * grad_logps.to(accumulate_dtype(product.dtype)).unsqueeze(1)
-    return rows.scatter(_reduced(scaled, plan).to(dtype))
+    return rows.scatter(_reduced(scaled, call).to(dtype))
 
 
 def backward_pass(
@@ -299,14 +188,14 @@ def backward_pass(
     hidden: Tensor,  # [M, D]
     head: Head,
     rows: Rows,
-    plan: Plan,
+    call: Call,
     needs: Needs,
     state: RowState,
     kept: Kept | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of hidden [M, D], weight [V, D] and bias [V] that are needed, else None."""
     grad_logps = grad_logps.to(state.target.dtype)
-    x, cast = operands(hidden, head, rows, plan)
+    x, cast = operands(hidden, head, rows, call)
     if x.dtype == torch.float16:
         state = _renormalized(state)
     coefficients = -head.gain * grad_logps * state.inverse  # [N], the diag of (4) to (6)
@@ -323,8 +212,8 @@ def backward_pass(
     grad_x = _HiddenGradient(x, coefficients)
     grad_rows: Tensor | None = None
 
-    labels = plan.local(rows.labels)
-    for start, stop, e in _column_blocks(x, cast, labels, plan, state, kept):
+    labels = call.local(rows.labels)
+    for start, stop, e in _column_blocks(x, cast, labels, call, state, kept):
         if grad_weight is not None and scaled is not None:
             part = grad_weight[start:stop]
             if size is None and part.dtype == e.dtype:
@@ -336,18 +225,18 @@ def backward_pass(
                 part.copy_(product if size is None else product * size)
         if grad_bias is not None:
             grad_bias[start:stop] = _column_sums(e, coefficients)
-        if needs.hidden and stop - start == plan.vocab_size(head):
+        if needs.hidden and stop - start == call.vocab_size(head):
             grad_rows = grad_x.whole(e, cast.weight)
         elif needs.hidden:
             grad_x.add(e, cast.weight[start:stop])
     e = scaled = None  # their memory is needed no more
     if needs.hidden:
-        grad_rows = _reduced(grad_x.finish(), plan) if grad_rows is None else grad_rows
+        grad_rows = _reduced(grad_x.finish(), call) if grad_rows is None else grad_rows
         grad_rows = rows.scatter(grad_rows.to(hidden.dtype))
     return grad_rows, grad_weight, grad_bias
 
 
-def _column_blocks(x, head, labels, plan, state, kept):
+def _column_blocks(x, head, labels, call, state, kept):
     """(start, stop, E[:, start:stop]) over the vocabulary: what was kept, then the rest computed
     again.
     """
@@ -360,7 +249,7 @@ def _column_blocks(x, head, labels, plan, state, kept):
         return
     if buffer is None or not kept.spendable:
         buffer = padded_empty(len(x), recompute_columns(len(x), vocab, x), x)
-    backend = select.primitive("exp_logits", x, plan.backend)
+    backend = select.primitive("exp_logits", x, call.backend)
     entry = _label_entry(state, head)
     for start in range(done, vocab, buffer.shape[1]):
         stop = min(start + buffer.shape[1], vocab)
@@ -413,12 +302,12 @@ class _HiddenGradient:
         return self._sum.mul_(self._coefficients)
 
 
-def _target_logits(x: Tensor, head: Head, labels: Tensor, plan: Plan) -> Tensor:  # [N]
-    backend = select.primitive("target_logits", x, plan.backend)
-    if plan.vocab_parallel is None:
+def _target_logits(x: Tensor, head: Head, labels: Tensor, call: Call) -> Tensor:  # [N]
+    backend = select.primitive("target_logits", x, call.backend)
+    if call.vocab_parallel is None:
         return backend.target_logits(x, head, labels)
     inside = labels.clamp(0, head.vocab_size - 1)
-    return plan.vocab_parallel.from_owner(backend.target_logits(x, head, inside), labels)
+    return call.vocab_parallel.from_owner(backend.target_logits(x, head, inside), labels)
 
 
 def _scale_rows(e: Tensor, share: Tensor) -> None:  # [N, K], [N]
@@ -431,15 +320,15 @@ def _scale_rows(e: Tensor, share: Tensor) -> None:  # [N, K], [N]
     e.mul_(share.unsqueeze(1))
 
 
-def _reduced(grad_rows: Tensor, plan: Plan) -> Tensor:  # [N, D]
-    shared = plan.vocab_parallel
+def _reduced(grad_rows: Tensor, call: Call) -> Tensor:  # [N, D]
+    shared = call.vocab_parallel
     return grad_rows if shared is None else shared.hidden_grad(grad_rows)
 
 
-def operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tensor, Head]:
+def operands(hidden: Tensor, head: Head, rows: Rows, call: Call) -> tuple[Tensor, Head]:
     """The rows that carry loss and the head, in the compute dtype, contiguous."""
     x = rows.gather(hidden)
-    dtype = plan.compute_dtype
+    dtype = call.compute_dtype
     if dtype is None:
         return x.contiguous(), head
     bias = None if head.bias is None else head.bias.to(dtype)
@@ -449,13 +338,8 @@ def operands(hidden: Tensor, head: Head, rows: Rows, plan: Plan) -> tuple[Tensor
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """The dtypes here are chosen already (`Plan.compute_dtype`): autocast must not choose again."""
+    """The dtypes here are chosen already (`Call.compute_dtype`): autocast must not choose again."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _shell(head: Head) -> Head:
-    """The head without its tensors, which autograd saves itself."""
-    return dataclasses.replace(head, weight=head.weight.new_empty(0), bias=None)
 
 
 def _logps(state: RowState) -> Tensor:
@@ -496,7 +380,7 @@ def _statistic(
     state: RowState,
     sums: ExpSums,
     logps: Tensor,
-    plan: Plan,
+    call: Call,
 ) -> Tensor:
     delta = state.anchor - state.target
     if name == "entropy" and sums.entropy is not None:
@@ -512,13 +396,13 @@ def _statistic(
         )
     if name == "mean_logits":
         if sums.logits is not None:  # asked for where there is a softcap
-            return (sums.logits + state.target) / plan.vocab_size(head)
+            return (sums.logits + state.target) / call.vocab_size(head)
         mean = head.weight.mean(0, dtype=logps.dtype)
         u = x.to(logps.dtype) @ mean
         mean = head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
-        if plan.vocab_parallel is None:
+        if call.vocab_parallel is None:
             return mean
-        return plan.vocab_parallel.total(mean * (head.vocab_size / plan.vocab_size(head)))
+        return call.vocab_parallel.total(mean * (head.vocab_size / call.vocab_size(head)))
     assert name == "is_top1"
     assert sums.top is not None
     return state.target >= sums.top

@@ -210,8 +210,8 @@ def _backward(
 
 
 def _checked_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
-    checks.label_values(labels, ignore_index, vocab_size)
-    return labels.masked_fill(labels == ignore_index, -1)
+    carries, _ = checks.label_values(labels, ignore_index, vocab_size)
+    return labels.masked_fill(~carries, -1)
 
 
 @torch.library.custom_op("fastdpo::checked_labels", mutates_args=())

@@ -17,25 +17,20 @@ objectives is `fastdpo.objectives.OBJECTIVES`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo import checks, compiled, linear, objectives, rows, sequences
-from fastdpo.autograd import is_traced
+from fastdpo import checks, objectives, rows, sequences, step
+from fastdpo.call import Call, LossCall
 from fastdpo.head import Head
+from fastdpo.integrations.liger import FusedLinearDPOLoss
 from fastdpo.logits import checked_labels
-from fastdpo.logits import token_logps as _token_logps_of_logits
+from fastdpo.logits import token_logps as logits_token_logps
+from fastdpo.objectives import OBJECTIVES, Pairs
 from fastdpo.parallel import SequenceParallel, VocabParallel
-from fastdpo.preference import (
-    chosen_nll,
-    logits_objective,
-    mean_logits,
-    segments_of,
-    sequence_objective,
-)
+from fastdpo.results import LinearDPOOutput, LinearDPOStats, LinearLogps
 
 __all__ = [
     "FusedLinearDPOLoss",
@@ -48,39 +43,6 @@ __all__ = [
     "logits_dpo_loss",
     "preference_loss",
 ]
-
-
-class LinearLogps(NamedTuple):
-    """Per-token results, each shaped like the labels; exactly 0 (False) at ignored positions, None
-    where not asked for.
-    """
-
-    logps: Tensor  # [...]
-    entropy: Tensor | None = None  # −Σ_v p_v log p_v, nats
-    log_sum_sq_probs: Tensor | None = None  # log Σ_v p_v²
-    mean_logits: Tensor | None = None  # (1/V) Σ_v z_v
-    is_top1: Tensor | None = None  # whether no logit exceeds the label's
-
-
-class LinearDPOOutput(NamedTuple):
-    """What `linear_dpo_loss` returns."""
-
-    loss: Tensor  # []
-    chosen_logps: Tensor  # [B]
-    rejected_logps: Tensor  # [B]
-    chosen_rewards: Tensor  # [B], detached
-    rejected_rewards: Tensor  # [B], detached
-
-
-class LinearDPOStats(NamedTuple):
-    """What `linear_dpo_loss` returns with `stats`: the fields of LinearDPOOutput, and `tokens`."""
-
-    loss: Tensor  # []
-    chosen_logps: Tensor  # [B]
-    rejected_logps: Tensor  # [B]
-    chosen_rewards: Tensor  # [B], detached
-    rejected_rewards: Tensor  # [B], detached
-    tokens: LinearLogps  # detached, each shaped like labels
 
 
 def linear_logps(
@@ -151,11 +113,16 @@ def linear_logps(
     )
     labels = checks.labels(labels, hidden.shape[:-1], hidden)
     shared = checks.vocab_parallel(vocab_parallel, head)
-    plan = _plan(hidden, stats, workspace_bytes, backend, shared)
-    carrying = _rows(labels, ignore_index, head, row_index, plan)
-    tokens = _token_logps(hidden, head, carrying, plan)
-    result = _at_labels(tokens, carrying, labels)
-    return result if plan.stats else result.logps
+    call = Call(
+        checks.stats(stats),
+        checks.workspace_bytes(workspace_bytes),
+        checks.backend(backend),
+        checks.compute_dtype(hidden),
+        shared,
+    )
+    found = rows.find(labels, ignore_index, call.vocab_size(head), row_index)
+    tokens = step.at_labels(step.token_logps(hidden, head, found, call), found)
+    return tokens if call.stats else tokens.logps
 
 
 def linear_dpo_loss(
@@ -244,53 +211,36 @@ def linear_dpo_loss(
     pairs = checks.pairs(pairs)
     labels = checks.labels(labels, checks.batch_shape(hidden, cu_seqlens), hidden)
     ref_head = checks.reference_head(ref_logps, ref_hidden, ref_weight, ref_bias, hidden, head)
-    has_reference = ref_logps is not None or ref_head is not None
     resolved = objectives.resolve(
         objective,
         beta=beta,
         label_smoothing=label_smoothing,
-        has_reference=has_reference,
+        has_reference=ref_logps is not None or ref_head is not None,
         options=objective_options,
     )
     count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     checks.sequence_count(count, resolved, hidden.device, cu_seqlens)
-    per_token_reference = checks.reference_logps(ref_logps, labels, count)
-    sequence_parallel = checks.sequence_parallel(sequence_parallel, resolved)
-    shared = checks.vocab_parallel(vocab_parallel, head)
-    wanted = checks.stats(stats)
-    if resolved.wpo and "log_sum_sq_probs" not in wanted:
-        wanted = (*wanted, "log_sum_sq_probs")
-    plan = _plan(hidden, wanted, workspace_bytes, backend, shared)
-    carrying = _rows(labels, ignore_index, head, row_index, plan)
-
-    tokens = _token_logps(hidden, head, carrying, plan)
-    segments = segments_of(labels, ignore_index, cu_seqlens, row_index)
-    if ref_head is not None and ref_hidden is not None:
-        ref_plan = _plan(ref_hidden, (), workspace_bytes, backend, shared)
-        with torch.no_grad():
-            ref_tokens = _token_logps(ref_hidden, ref_head, carrying, ref_plan).logps
-    elif per_token_reference and ref_logps is not None:
-        ref_tokens = carrying.gather(ref_logps.detach().flatten()).to(tokens.logps.dtype)
-    else:
-        ref_tokens = None
-    output = LinearDPOOutput(
-        *sequence_objective(
-            tokens,
-            ref_tokens,
-            ref_logps,
-            segments,
-            resolved,
-            average_log_prob,
-            pairs,
-            plan.backend,
-            sequence_parallel,
-        )
+    per_token = checks.reference_logps(ref_logps, labels, count)
+    call = Call(
+        checks.stats(stats),
+        checks.workspace_bytes(workspace_bytes),
+        checks.backend(backend),
+        checks.compute_dtype(hidden),
+        checks.vocab_parallel(vocab_parallel, head),
     )
-    if not stats:
+    loss = LossCall(
+        resolved,
+        average_log_prob,
+        pairs,
+        cu_seqlens,
+        checks.sequence_parallel(sequence_parallel, resolved),
+    )
+    found = rows.find(labels, ignore_index, call.vocab_size(head), row_index)
+    reference = step.Reference(ref_logps, per_token, ref_hidden, ref_head)
+    output, tokens, _ = step.linear_loss(hidden, head, found, reference, call, loss)
+    if not call.stats:
         return output
-    if plan.stats != checks.stats(stats):  # what the objective asked for beside them
-        tokens = tokens._replace(log_sum_sq_probs=None)
-    return LinearDPOStats(*output, _at_labels(tokens, carrying, labels, detach=True))
+    return LinearDPOStats(*output, step.at_labels(tokens, found, detach=True))
 
 
 def logits_dpo_loss(
@@ -319,8 +269,8 @@ def logits_dpo_loss(
 
     Args:
         logits: [2B, T, V] in fp32, bf16, fp16 or fp64; or packed, [N, V] with `cu_seqlens`. Rows
-            any stride apart are read where they lie; where [2B, T] cannot be viewed as one dimension
-            (`logits[:, :-1]`) they are copied first: ignore the last label instead.
+            any stride apart are read where they lie; where [2B, T] cannot be viewed as one
+            dimension (`logits[:, :-1]`) they are copied first: ignore the last label instead.
         labels: [2B, T] (packed: [N]), aligned with logits: the label of a position is the token to
             predict there.
         ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss
@@ -359,30 +309,16 @@ def logits_dpo_loss(
         checks.fail("use_weighting", "off: logits_dpo_loss has no Σp² of its tokens", "it")
     count = labels.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     checks.sequence_count(count, resolved, logits.device, cu_seqlens)
-    per_token_reference = checks.reference_logps(ref_logps, labels, count)
-    backend = checks.backend(backend)
+    per_token = checks.reference_logps(ref_logps, labels, count)
     checks.inplace_backward(inplace_backward, logits)
-    checks.ignored(ignore_index)
-
-    carrying = checked_labels(labels, ignore_index, logits.shape[-1])
-    segments = segments_of(labels, ignore_index, cu_seqlens, None, every_row=True)
-    ref_tokens = None
-    if per_token_reference and ref_logps is not None:
-        ref_tokens = ref_logps.detach().flatten()
-    return LinearDPOOutput(
-        *logits_objective(
-            logits,
-            carrying,
-            head,
-            ref_tokens,
-            ref_logps,
-            segments,
-            resolved,
-            average_log_prob,
-            pairs,
-            backend,
-            inplace_backward,
-        )
+    return step.logits_loss(
+        logits,
+        checked_labels(labels, checks.ignored(ignore_index), logits.shape[-1]),
+        head,
+        step.Reference(ref_logps, per_token),
+        LossCall(resolved, average_log_prob, pairs, cu_seqlens),
+        checks.backend(backend),
+        inplace_backward,
     )
 
 
@@ -422,7 +358,7 @@ def get_batch_logps(
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
     targets = checked_labels(shifted, -100, logits.shape[-1])
     head = Head(logits.new_empty(0))
-    per_token = _token_logps_of_logits(logits, targets, head, inplace=inplace_backward)
+    per_token = logits_token_logps(logits, targets, head, inplace=inplace_backward)
     lengths = (shifted != -100).sum(-1)
     all_rows = torch.full_like(lengths, shifted.shape[1])
     sums = sequences.sequence_sums(per_token.flatten(), all_rows)
@@ -472,205 +408,17 @@ def preference_loss(
     checks.smoothing(label_smoothing)
     if ipo and label_smoothing:
         checks.fail("label_smoothing", "0 with ipo, whose loss does not define it", label_smoothing)
-    margins = policy_chosen_logps - policy_rejected_logps
-    if not reference_free:
-        margins = margins - (reference_chosen_logps - reference_rejected_logps)
-    if ipo:
-        losses = (margins - 1 / (2 * beta)) ** 2
-    else:
-        losses = -(
-            F.logsigmoid(beta * margins) * (1 - label_smoothing)
-            + F.logsigmoid(-beta * margins) * label_smoothing
-        )
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()
-    return losses, chosen_rewards, rejected_rewards
-
-
-class FusedLinearDPOLoss(torch.nn.Module):
-    """A drop-in for Liger-Kernel's `LigerFusedLinearDPOLoss`: the same arguments, values and
-    gradients.
-
-    Where it differs: label smoothing works with "sigmoid" too (Liger ignores it there), "ipo"
-    works, a batch without tokens that carry loss gives 0 and not NaN, and every objective of
-    `fastdpo.objectives` over pairs is accepted.
-
-    Args:
-        ignore_index: label of positions that carry no loss.
-        beta: positive.
-        alpha: weight of the NLL of the chosen answers, where `compute_nll_loss`.
-        compute_nll_loss: whether to add it.
-        compiled, chunk_size: tune Liger's internals; accepted, and there is nothing here for them
-            to tune.
-        use_ref_model: whether the reference's hidden states and weight are given to `forward`.
-            Where they are not, its log-probabilities are taken as 0, as in Liger.
-        average_log_prob: divide each sequence's log-probability by its number of tokens.
-        loss_type: the objective's name.
-        label_smoothing: for the objectives that define it.
-        discopop_tau: the temperature of "discopop"; unused by the others, as in Liger.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        compute_nll_loss: bool = False,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        discopop_tau: float = 0.05,
-    ):
-        super().__init__()
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.alpha = alpha
-        self.compute_nll_loss = compute_nll_loss
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
-        self.chunk_size = chunk_size
-        self.loss_type = loss_type
-        self.label_smoothing = label_smoothing
-        self.discopop_tau = discopop_tau
-        self._resolve()
-
-    @property
-    def _zero_reference(self) -> bool:
-        """Whether, as in Liger, log-probabilities of 0 stand in for a reference that is needed."""
-        entry = objectives.OBJECTIVES.get(self.loss_type)
-        return not self.use_ref_model and entry is not None and entry.reference == "required"
-
-    def _resolve(self) -> objectives.ResolvedObjective:
-        return objectives.resolve(
-            self.loss_type,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            has_reference=self.use_ref_model or self._zero_reference,
-            options={"discopop_tau": self.discopop_tau} if self.loss_type == "discopop" else {},
-        )
-
-    def forward(
-        self,
-        lin_weight: Tensor,  # [V, D]
-        _input: Tensor,  # [2B, T, D]
-        target: Tensor,  # [2B, T]
-        bias: Tensor | None = None,  # [V]
-        ref_input: Tensor | None = None,  # [2B, T, D']
-        ref_weight: Tensor | None = None,  # [V, D']
-        ref_bias: Tensor | None = None,  # [V]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss and (chosen_logps, rejected_logps, chosen_logits_mean, rejected_logits_mean,
-        nll_loss, chosen_rewards, rejected_rewards).
-
-        The first half of the batch is chosen, the second rejected; target is aligned with _input.
-        The means of the logits are over every position and vocabulary entry, ignored positions
-        included, as Liger's.
-
-        Raises:
-            ValueError: naming the argument.
-        """
-        if self.use_ref_model and (ref_input is None or ref_weight is None):
-            checks.fail("ref_input and ref_weight", "given where use_ref_model", "None")
-        resolved = self._resolve()
-        if not self.use_ref_model:
-            ref_input = ref_weight = ref_bias = None
-        head = checks.lm_head(
-            _input, lin_weight, bias, logit_scale=1.0, softcap=None, temperature=1.0
-        )
-        labels = checks.labels(target, checks.batch_shape(_input, None), _input, of="_input")
-        ref_head = checks.reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
-        checks.sequence_count(labels.shape[0], resolved, _input.device)
-        plan = _plan(_input, (), None, None)
-        carrying = _rows(labels, self.ignore_index, head, None, plan)
-
-        tokens = _token_logps(_input, head, carrying, plan)
-        ref_tokens = None
-        if ref_head is not None and ref_input is not None:
-            with torch.no_grad():
-                ref_plan = _plan(ref_input, (), None, None)
-                ref_tokens = _token_logps(ref_input, ref_head, carrying, ref_plan).logps
-        elif self._zero_reference:
-            ref_tokens = torch.zeros_like(tokens.logps)
-        segments = segments_of(labels, self.ignore_index, None, None)
-        output = sequence_objective(
-            tokens,
-            ref_tokens,
-            None,
-            segments,
-            resolved,
-            self.average_log_prob,
-            "concatenated",
-            None,
-        )
-        loss, nll = output.loss, output.loss.new_zeros(())
-        if self.compute_nll_loss:
-            sums = sequences.sequence_sums(tokens.logps, segments.rows)
-            nll = chosen_nll(sums, segments, "concatenated")
-            loss = loss + self.alpha * nll
-        means = [mean_logits(half, head) for half in _input.detach().chunk(2)]
-        return loss, (
-            output.chosen_logps.detach(),
-            output.rejected_logps.detach(),
-            *means,
-            nll.detach(),
-            output.chosen_rewards,
-            output.rejected_rewards,
-        )
-
-
-def _plan(
-    hidden: Tensor,
-    stats: Sequence[str],
-    workspace_bytes: int | None,
-    backend: str | None,
-    vocab_parallel: VocabParallel | None = None,
-) -> linear.Plan:
-    return linear.Plan(
-        checks.stats(stats),
-        checks.workspace_bytes(workspace_bytes),
-        checks.backend(backend),
-        checks.compute_dtype(hidden),
-        vocab_parallel,
+    chosen, rejected = reference_chosen_logps, reference_rejected_logps
+    pairs = Pairs.of(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        torch.zeros_like(chosen) if reference_free else chosen,
+        torch.zeros_like(rejected) if reference_free else rejected,
+        beta=beta,
+        label_smoothing=label_smoothing,
     )
-
-
-def _rows(
-    labels: Tensor, ignore_index: int, head: Head, row_index: Tensor | None, plan: linear.Plan
-) -> rows.Rows | compiled.DeferredRows:
-    """The rows that carry loss, checked; while torch.compile traces, the promise of them."""
-    flat, size = labels.flatten(), plan.vocab_size(head)
-    checks.ignored(ignore_index)
-    if is_traced(flat):
-        return compiled.DeferredRows.find(flat, ignore_index, size, row_index)
-    return checks.label_rows(flat, ignore_index, size, row_index)
-
-
-def _at_labels(
-    tokens: linear.TokenLogps,
-    carrying: rows.Rows | compiled.DeferredRows,
-    labels: Tensor,
-    detach: bool = False,
-) -> LinearLogps:
-    """Rows back to where their labels are."""
-
-    def back(t: Tensor) -> Tensor:
-        return carrying.scatter(t.detach() if detach else t).view(labels.shape)
-
-    logps, *stats = tokens
-    return LinearLogps(back(logps), *(None if t is None else back(t) for t in stats))
-
-
-def _token_logps(
-    hidden: Tensor, head: Head, carrying: rows.Rows | compiled.DeferredRows, plan: linear.Plan
-) -> linear.TokenLogps:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    if isinstance(carrying, compiled.DeferredRows):
-        return compiled.token_logps(flat, head, carrying, plan)
-    return linear.token_logps(flat, head, carrying, plan)
+    entry = OBJECTIVES["ipo" if ipo else "sigmoid"]
+    losses = entry.fn(pairs, **({"length_normalized": False} if ipo else {}))
+    chosen_rewards = beta * (policy_chosen_logps - chosen).detach()
+    rejected_rewards = beta * (policy_rejected_logps - rejected).detach()
+    return losses, chosen_rewards, rejected_rewards

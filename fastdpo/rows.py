@@ -1,7 +1,13 @@
-"""Labels to rows: which positions carry loss, and which sequence each of them belongs to.
+"""Which positions carry loss, and whose sequence they are: found once, for policy, reference and
+backward.
 
-Prompt, padding and ignored positions are left out before any matrix product (DESIGN 2.1).
-Everything below this module sees N rows that all carry loss, in the order of the flattened labels.
+Prompt, padding and ignored positions are left out before any matrix product: everything below sees
+N rows that all carry loss, in the order of the flattened labels. Their number is the one value that
+is read back from a GPU, and the check of the labels rides along.
+
+While a tracer records (`core.tracing`) their number is not known. `Rows` is then deferred: all M
+positions are rows, the operators of `core.operator` select those that carry loss when they run, and
+`carries` tells them apart until then.
 """
 
 from __future__ import annotations
@@ -11,65 +17,143 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdpo import checks
+from fastdpo.autograd import is_traced
+from fastdpo.sequences import Segments
+
 
 @dataclass(frozen=True)
 class Rows:
-    """The N of M positions that carry loss."""
+    """The N of M positions that carry loss; while deferred, N stands for M."""
 
     labels: Tensor  # [N]
     index: Tensor | None  # [N] positions among the M, ascending; None where all of them carry loss
-    total: int  # M
+    shape: torch.Size  # of all labels, M in number
+    carries: Tensor | None = None  # of that shape, bool; None where no sequence is asked for
+    count: Tensor | None = None  # [] int64 on the CPU, while deferred: how many of index to take
+
+    @property
+    def deferred(self) -> bool:
+        return self.count is not None
 
     def gather(self, values: Tensor) -> Tensor:  # [M, ...] -> [N, ...]
-        return values if self.index is None else values.index_select(0, self.index)
+        if self.deferred or self.index is None:
+            return values
+        return values.index_select(0, self.index)
 
     def scatter(self, values: Tensor) -> Tensor:  # [N, ...] -> [M, ...], zeros elsewhere
-        if self.index is None:
+        if self.deferred or self.index is None:
             return values
-        return values.new_zeros(self.total, *values.shape[1:]).index_copy_(0, self.index, values)
+        zeros = values.new_zeros(self.shape.numel(), *values.shape[1:])
+        return zeros.index_copy_(0, self.index, values)
+
+    def at_labels(self, values: Tensor) -> Tensor:  # [N] -> shaped like the labels
+        return self.scatter(values).view(self.shape)
+
+    def segments(
+        self,
+        cu_seqlens: Tensor | None,  # [S + 1], of a packed batch
+    ) -> Segments:
+        """Which of the rows belong to which sequence."""
+        assert self.carries is not None
+        lengths, positions = _lengths(self.carries, cu_seqlens)
+        if self.deferred:
+            return Segments(positions, lengths, self.carries.flatten())
+        return Segments(lengths, lengths)
 
 
-def count(
-    labels: Tensor,  # [M]
+def find(
+    labels: Tensor,  # [...]
     ignore_index: int,
     vocab_size: int,
-) -> tuple[int, int]:
-    """(rows that carry loss, labels among them outside [0, vocab_size)): the one host
-    synchronisation.
-    """
-    carries = labels != ignore_index
-    outside = carries & ((labels < 0) | (labels >= vocab_size))
-    carrying, bad = torch.stack([carries.sum(), outside.sum()]).tolist()
-    return carrying, bad
-
-
-def select(
-    labels: Tensor,  # [M]
-    ignore_index: int,
-    carrying: int,
+    row_index: Tensor | None = None,  # [N] positions among the flattened, where the caller knows
 ) -> Rows:
-    """The rows that carry loss; `carrying` is their number, so that nothing waits for the
-    device.
+    """The rows that carry loss. On a GPU this waits for the device once, for their number and for
+    whether every label is in range; with `row_index` it waits for nothing, and a label out of range
+    trips a device-side assertion.
+
+    Raises:
+        ValueError: a label is neither in [0, V) nor `ignore_index`, or row_index is not what it
+            should be. While a tracer records, this is raised when the graph runs.
     """
-    total = labels.numel()
-    if carrying == total:
-        return Rows(labels, None, total)
-    carries = labels != ignore_index
-    index = torch.nonzero_static(carries, size=carrying).squeeze(1)
-    return Rows(labels.index_select(0, index), index, total)
+    checks.ignored(ignore_index)
+    flat = labels.flatten()
+    if row_index is not None:
+        checks.row_index(row_index, flat)
+    if is_traced(labels):
+        index, count = torch.ops.fastdpo.rows(flat, ignore_index, vocab_size, row_index)
+        carries = labels != ignore_index if row_index is None else _marked(labels, row_index)
+        return Rows(flat, index, labels.shape, carries, count)
+    if row_index is not None:
+        picked = flat.index_select(0, row_index)
+        checks.picked_labels(picked, vocab_size)
+        return Rows(picked, row_index, labels.shape, _marked(labels, row_index))
+    carries, number = checks.label_values(labels, ignore_index, vocab_size)
+    if number == flat.numel():
+        return Rows(flat, None, labels.shape, carries)
+    index = torch.nonzero_static(carries.flatten(), size=number).squeeze(1)
+    return Rows(flat.index_select(0, index), index, labels.shape, carries)
 
 
-def lengths_padded(
-    carries: Tensor,  # [S, T] bool
-) -> Tensor:  # [S]
-    """Rows that carry loss in each sequence of a padded batch."""
-    return carries.sum(-1)
+def _marked(labels: Tensor, row_index: Tensor) -> Tensor:  # [...], [N] -> [...] bool
+    carries = labels.new_zeros(labels.numel(), dtype=torch.bool).index_fill(0, row_index, True)
+    return carries.view(labels.shape)
 
 
-def lengths_packed(
-    carries: Tensor,  # [M] bool
-    cu_seqlens: Tensor,  # [S + 1]
-) -> Tensor:  # [S]
-    """Rows that carry loss in each sequence of a packed batch."""
+def every_row(
+    labels: Tensor,  # [...], negative where a row carries no loss
+    cu_seqlens: Tensor | None,  # [S + 1]
+) -> Segments:
+    """Which of all M positions belong to which sequence, for logits that exist already."""
+    carries = labels >= 0
+    lengths, positions = _lengths(carries, cu_seqlens)
+    return Segments(positions, lengths, carries.flatten())
+
+
+def _lengths(
+    carries: Tensor,  # [S, T] or [M], bool
+    cu_seqlens: Tensor | None,  # [S + 1]
+) -> tuple[Tensor, Tensor]:  # [S], [S]
+    """Of each sequence: how many positions carry loss, and how many there are."""
+    if cu_seqlens is None:
+        lengths = carries.sum(-1)
+        return lengths, torch.full_like(lengths, carries.shape[1])
+    ends = cu_seqlens.long()
     before = torch.nn.functional.pad(carries.cumsum(0), (1, 0))
-    return before[cu_seqlens.long()].diff()
+    return before[ends].diff(), ends.diff()
+
+
+# ---- For tracers: the same, with outputs whose shapes follow from the labels'
+
+
+@torch.library.custom_op("fastdpo::rows", mutates_args=())
+def _find(
+    labels: Tensor, ignore_index: int, vocab_size: int, row_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(index, count) of deferred `Rows`: the positions that carry loss come first in index."""
+    found = find(labels, ignore_index, vocab_size, row_index)
+    count = torch.tensor(found.labels.shape[0], device="cpu")
+    if row_index is not None:
+        return row_index.clone(), count
+    index = torch.zeros_like(labels)
+    if found.index is not None:
+        index[: found.index.shape[0]] = found.index
+    return index, count
+
+
+@_find.register_fake
+def _(labels, ignore_index, vocab_size, row_index):
+    index = torch.empty_like(labels if row_index is None else row_index)
+    return index, torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def selected(
+    labels: Tensor,  # [M]
+    index: Tensor,  # [M] or [N]
+    count: Tensor,  # []
+) -> Rows:
+    """Deferred rows, found: what an operator makes of its arguments."""
+    n = int(count)
+    if n == labels.shape[0]:
+        return Rows(labels, None, labels.shape)
+    return Rows(labels.index_select(0, index[:n]), index[:n], labels.shape)

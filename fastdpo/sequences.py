@@ -31,6 +31,10 @@ class Segments:
     def average(self, sums: Tensor) -> Tensor:  # [S] -> [S]
         return sums / self.lengths.clamp(min=1)
 
+    def masked(self, values: Tensor) -> Tensor:  # [N] -> [N]
+        """0 where every row is there and one carries no loss: what was given may be anything."""
+        return values if self.carries is None else torch.where(self.carries, values, 0.0)
+
     def positions(self, total: int) -> tuple[Tensor, Tensor]:  # [N], [N]
         """The sequence of each row, and its position among that sequence's rows that carry loss."""
         sequence = torch.arange(self.rows.numel(), device=self.rows.device)

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdpo import checks
 from fastdpo import loss as core
+from fastdpo import rows
 from fastdpo.integrations.batches import (
     IGNORE_INDEX,
     PreferenceBatch,
@@ -314,7 +314,7 @@ def find_rows(
     Raises:
         ValueError: a label lies outside the vocabulary.
     """
-    return checks.label_rows(shifted_labels.flatten(), IGNORE_INDEX, vocab_size, None).index
+    return rows.find(shifted_labels, IGNORE_INDEX, vocab_size).index
 
 
 def _at_tokens(tokens: core.LinearLogps) -> core.LinearLogps:

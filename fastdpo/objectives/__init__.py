@@ -15,7 +15,15 @@ the decorator `objective`; the tests then ask for an independent transcription o
 from fastdpo.objectives import paired, ranked, reference_free, unpaired
 from fastdpo.objectives.common import COMMON_OPTIONS
 from fastdpo.objectives.divergences import F_DIVERGENCES, FDivergence
-from fastdpo.objectives.layouts import ObjectiveOutput, Pairs, Ranked, SequenceLogps, Unpaired
+from fastdpo.objectives.layouts import (
+    PAIRS,
+    LinearDPOOutput,
+    ObjectiveOutput,
+    Pairs,
+    Ranked,
+    SequenceLogps,
+    Unpaired,
+)
 from fastdpo.objectives.registry import OBJECTIVES, Objective, Option, Range, objective
 from fastdpo.objectives.resolved import ResolvedObjective
 from fastdpo.objectives.table import markdown_table
@@ -27,7 +35,9 @@ __all__ = [
     "COMMON_OPTIONS",
     "F_DIVERGENCES",
     "OBJECTIVES",
+    "PAIRS",
     "FDivergence",
+    "LinearDPOOutput",
     "Objective",
     "ObjectiveOutput",
     "Option",

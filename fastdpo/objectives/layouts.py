@@ -20,6 +20,8 @@ from torch import Tensor
 
 from fastdpo.objectives.divergences import FDivergence
 
+PAIRS = ("concatenated", "interleaved")
+
 
 @dataclass(frozen=True)
 class SequenceLogps:
@@ -36,12 +38,13 @@ class SequenceLogps:
     nll: Tensor | None = (
         None  # [] NLL of the chosen answers, the mean over their tokens, differentiable
     )
-    pairs: str = "concatenated"  # or "interleaved"
+    pairs: str = "concatenated"  # among PAIRS
     averaged: bool = False
 
 
-class ObjectiveOutput(NamedTuple):
-    """What a resolved objective returns; B is the number of pairs, prompts or sequences of a kind.
+class LinearDPOOutput(NamedTuple):
+    """What an objective returns, and every loss that ends in one; B is the number of pairs, prompts
+    or sequences of a kind.
 
     `chosen_*` and `rejected_*` are, for pairs, the chosen and rejected answers [B] each; for
     rankings the best answers [B] and all others [(K − 1)·B], the second-best of every prompt first;
@@ -49,12 +52,13 @@ class ObjectiveOutput(NamedTuple):
     """
 
     loss: Tensor  # [] the mean over pairs, prompts or sequences; differentiable
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    chosen_rewards: (
-        Tensor  # detached: beta · (logps − ref_logps), or beta · logps without a reference
-    )
-    rejected_rewards: Tensor
+    chosen_logps: Tensor  # [B] differentiable
+    rejected_logps: Tensor  # [B]
+    chosen_rewards: Tensor  # [B] detached: beta · (logps − ref_logps), or beta · logps without one
+    rejected_rewards: Tensor  # [B], detached
+
+
+ObjectiveOutput = LinearDPOOutput
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,33 @@ class Pairs:
     nll: Tensor | None  # []
     beta: float
     label_smoothing: float
+
+    @classmethod
+    def of(
+        cls,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        chosen_ref_logps: Tensor,
+        rejected_ref_logps: Tensor,
+        *,
+        beta: float,
+        label_smoothing: float = 0.0,
+    ) -> Pairs:
+        """Plain ones, of any one shape: no f-divergence, every length 1, no NLL."""
+        ratios = (chosen_logps - chosen_ref_logps, rejected_logps - rejected_ref_logps)
+        return cls(
+            chosen_logps,
+            rejected_logps,
+            chosen_ref_logps,
+            rejected_ref_logps,
+            *ratios,
+            *ratios,
+            torch.ones_like(chosen_logps),
+            torch.ones_like(rejected_logps),
+            None,
+            beta,
+            label_smoothing,
+        )
 
     @property
     def margin(self) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastdpo.objectives.divergences import FDivergence
 from fastdpo.objectives.layouts import (
-    ObjectiveOutput,
+    PAIRS,
+    LinearDPOOutput,
     Ranked,
     SequenceLogps,
     Unpaired,
@@ -112,10 +113,10 @@ class ResolvedObjective:
                         f"{name} must be on {device}, the device of logps, got {value.device}"
                     )
 
-    def __call__(self, sequences: SequenceLogps) -> ObjectiveOutput:
+    def __call__(self, sequences: SequenceLogps) -> LinearDPOOutput:
         self.check(sequences.logps.shape[0], sequences.logps.device)
         self._check_inputs(sequences)
-        return ObjectiveOutput(self._loss(sequences), *self._report(sequences))
+        return LinearDPOOutput(self._loss(sequences), *self._report(sequences))
 
     def _check_inputs(self, sequences: SequenceLogps) -> None:
         if self.has_reference != (sequences.ref_logps is not None):
@@ -128,10 +129,8 @@ class ResolvedObjective:
             raise ValueError(f"weights must be {expected}: resolved with use_weighting={self.wpo}")
         if self.needs_nll and sequences.nll is None:
             raise ValueError(f"nll must be a tensor: {self._names()} has an NLL term")
-        if sequences.pairs not in ("concatenated", "interleaved"):
-            raise ValueError(
-                f"pairs must be 'concatenated' or 'interleaved', got {sequences.pairs!r}"
-            )
+        if sequences.pairs not in PAIRS:
+            raise ValueError(f"pairs should be one of {list(PAIRS)}, got {sequences.pairs!r}")
 
     def _loss(self, sequences: SequenceLogps) -> Tensor:  # []
         view = self._view(sequences)

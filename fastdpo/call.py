@@ -1,0 +1,67 @@
+"""The options of a call, each listed once: checked by public functions, and handed down whole."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fastdpo.head import Head
+from fastdpo.objectives import ResolvedObjective
+from fastdpo.parallel import SequenceParallel, VocabParallel, vocabulary
+
+STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+@dataclass(frozen=True)
+class Call:
+    """How hidden states become token log-probabilities."""
+
+    stats: tuple[str, ...] = ()  # among STATS
+    workspace_bytes: int | None = None  # None: the default of `fastdpo.workspace`
+    backend: str | None = None  # None: the environment variable, else automatic
+    compute_dtype: torch.dtype | None = None  # hidden and head are cast to it; None: as they are
+    vocab_parallel: VocabParallel | None = None
+
+    def local(self, labels: Tensor) -> Tensor:  # [N] -> [N]
+        """Labels as entries of this process's part of the vocabulary."""
+        return labels if self.vocab_parallel is None else self.vocab_parallel.local(labels)
+
+    def vocab_size(self, head: Head) -> int:
+        """Entries of the whole vocabulary."""
+        shared = self.vocab_parallel
+        return head.vocab_size if shared is None else shared.vocab_size
+
+    def to_text(self) -> str:
+        """For operators, which take no objects; a tracer folds it into a constant."""
+        shared = self.vocab_parallel
+        values = (
+            self.stats,
+            self.workspace_bytes,
+            self.backend,
+            None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch."),
+            None if shared is None else shared.name,
+        )
+        return repr(values)
+
+    @classmethod
+    def from_text(cls, text: str) -> Call:
+        stats, workspace_bytes, backend, dtype, shared = ast.literal_eval(text)
+        dtype = None if dtype is None else getattr(torch, dtype)
+        return cls(stats, workspace_bytes, backend, dtype, vocabulary(shared))
+
+
+assert len(fields(Call)) == 5  # what `to_text` writes
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """How token log-probabilities become a preference loss."""
+
+    objective: ResolvedObjective
+    average: bool = False  # divide each sequence's log-probability by its number of tokens
+    pairs: str = "concatenated"  # among `objectives.PAIRS`
+    cu_seqlens: Tensor | None = None  # [S + 1], of a packed batch
+    sequence_parallel: SequenceParallel | None = None
