@@ -10,7 +10,7 @@
 The fourth and fifth keep the names and the semantics of the original DPO repository.
 
 Everything is checked here, before anything is computed: bad input gets a ValueError that names the
-argument. What the functions compute, and why it is fast, is in `fastdpo.linear`; the list of
+argument. What the functions compute, and why it is fast, is in `fastdpo.core.linear`; the list of
 objectives is `fastdpo.objectives.OBJECTIVES`.
 """
 
@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo import checks, objectives, rows, sequences, step
-from fastdpo.call import Call, LossCall
+from fastdpo import objectives
+from fastdpo.core import checks, rows, sequences, step
+from fastdpo.core.call import Call, LossCall
+from fastdpo.core.logits import checked_labels
+from fastdpo.core.logits import token_logps as logits_token_logps
+from fastdpo.core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
 from fastdpo.head import Head
 from fastdpo.integrations.liger import FusedLinearDPOLoss
-from fastdpo.logits import checked_labels
-from fastdpo.logits import token_logps as logits_token_logps
 from fastdpo.objectives import OBJECTIVES, Pairs
 from fastdpo.parallel import SequenceParallel, VocabParallel
-from fastdpo.results import LinearDPOOutput, LinearDPOStats, LinearLogps
 
 __all__ = [
     "FusedLinearDPOLoss",

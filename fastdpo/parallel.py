@@ -9,8 +9,8 @@ their sums of e and of e · (z − α_r),
     T = Σ_r w_r (T_r + (α_r − α) S_r)           E_r := w_r E_r
 
 hold for the whole vocabulary: a few numbers per row are exchanged, never logits, and equations (1)
-to (6) of `fastdpo.linear` go on as they are. The gradient of the weight stays where its rows are;
-that of hidden is a sum over the processes.
+to (6) of `fastdpo.core.linear` go on as they are. The gradient of the weight stays where its rows
+are; that of hidden is a sum over the processes.
 
 **A sequence.** Under sequence (or context) parallelism each process holds some tokens of every
 sequence: the sequences' log-probabilities and lengths are sums over the processes.

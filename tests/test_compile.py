@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastdpo import checks
-from fastdpo.call import Call
+from fastdpo.core import checks
+from fastdpo.core.call import Call
 from fastdpo.loss import FusedLinearDPOLoss, linear_dpo_loss, linear_logps
 
 B, T, D, V = 2, 6, 16, 211

@@ -42,7 +42,7 @@ implements), `available() -> (bool, reason)` for this machine, and `supports(dev
 (bool, reason)`.
 
 The gradient products on E are plain matrix products and live with the schedule, in
-`fastdpo.linear`.
+`fastdpo.core.linear`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo import loss as core
-from fastdpo import rows
+from fastdpo.core import rows
 from fastdpo.integrations.batches import (
     IGNORE_INDEX,
     PreferenceBatch,

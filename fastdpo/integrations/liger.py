@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpo import checks, objectives, rows, sequences, step
+from fastdpo import objectives
 from fastdpo.backends.torch import accumulate_dtype
-from fastdpo.call import Call, LossCall
+from fastdpo.core import checks, rows, sequences, step
+from fastdpo.core.call import Call, LossCall
 from fastdpo.head import Head
 
 __all__ = ["FusedLinearDPOLoss"]

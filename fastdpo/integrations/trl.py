@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastdpo import checks
+from fastdpo.core import checks
 from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
 from fastdpo.integrations.capture import capture
 from fastdpo.integrations.hf import captured_logps, find_rows

@@ -12,9 +12,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fastdpo.autograd import is_traced
 from fastdpo.backends import select
-from fastdpo.call import STATS
+from fastdpo.core.autograd import is_traced
+from fastdpo.core.call import STATS
 from fastdpo.head import Head
 from fastdpo.objectives import PAIRS, ResolvedObjective
 from fastdpo.parallel import SequenceParallel, VocabParallel

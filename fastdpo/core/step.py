@@ -1,10 +1,10 @@
 """One training step, from top to bottom: hidden states or logits to a preference loss.
 
-    rows                       which positions carry loss, whose sequence they are   fastdpo.rows
-    policy's tokens            log p(label) of each row                  fastdpo.operator, linear
-    reference's tokens         the same operations, without a gradient
-    sequences                  sums (or averages) over each sequence's rows     fastdpo.sequences
-    objective                  sequences' log-probabilities to the loss        fastdpo.objectives
+    rows                  which positions carry loss, and whose sequence they are       core.rows
+    policy's tokens       log p(label) of each row                          core.operator, linear
+    reference's tokens    the same operations, without a gradient
+    sequences             sums (or averages) over each sequence's rows             core.sequences
+    objective             sequences' log-probabilities to the loss                     objectives
 
 The sigmoid loss is fused with the sums; with logits that exist already the CUDA C++ backend fuses
 the whole of it.
@@ -19,15 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo import checks, logits, objectives, operator, rows, sequences
+from fastdpo import objectives
 from fastdpo.backends.torch import accumulate_dtype
-from fastdpo.call import Call, LossCall
+from fastdpo.core import checks, logits, operator, rows, sequences
+from fastdpo.core.call import Call, LossCall
+from fastdpo.core.results import LinearLogps
+from fastdpo.core.rows import Rows
+from fastdpo.core.sequences import Segments
 from fastdpo.head import Head
 from fastdpo.objectives import LinearDPOOutput
 from fastdpo.objectives.layouts import by_rank
-from fastdpo.results import LinearLogps
-from fastdpo.rows import Rows
-from fastdpo.sequences import Segments
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ from torch import Tensor
 
 from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
 from fastdpo.backends.torch import accumulate_dtype
-from fastdpo.call import Call
+from fastdpo.core.call import Call
+from fastdpo.core.rows import Rows
 from fastdpo.head import Head
-from fastdpo.rows import Rows
 from fastdpo.workspace import (
     cleared,
     columns_kept,

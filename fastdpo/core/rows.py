@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdpo import checks
-from fastdpo.autograd import is_traced
-from fastdpo.sequences import Segments
+from fastdpo.core import checks
+from fastdpo.core.autograd import is_traced
+from fastdpo.core.sequences import Segments
 
 
 @dataclass(frozen=True)

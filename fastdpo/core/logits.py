@@ -14,10 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastdpo import checks
-from fastdpo.autograd import differentiable_once, graph_is_kept, is_traced
 from fastdpo.backends import select
 from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.core import checks
+from fastdpo.core.autograd import differentiable_once, graph_is_kept, is_traced
 from fastdpo.head import Head
 
 

@@ -1,7 +1,7 @@
 """hidden states and a head to label log-probabilities: the one autograd.Function over the schedule.
 
-Eager, it runs `fastdpo.linear` on the N rows that carry loss, in the open: counters of operations
-see every product. While a tracer records, the rows are deferred (`fastdpo.rows`) and two opaque
+Eager, it runs the schedule (`linear`) on the N rows that carry loss, in the open: counters of
+operations see every product. While a tracer records, the rows are deferred (`rows`) and two opaque
 operators stand for the forward and the backward: their outputs have shapes that follow from the
 inputs' shapes, so what belongs to rows has M of them, of which the first N are meant, and E is
 packed into a flat workspace. The first operator to run has waited for the number of rows already,
@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo import linear, workspace
-from fastdpo.autograd import differentiable_once, graph_is_kept
+from fastdpo import workspace
 from fastdpo.backends.torch import accumulate_dtype
-from fastdpo.call import Call
+from fastdpo.core import linear
+from fastdpo.core.autograd import differentiable_once, graph_is_kept
+from fastdpo.core.call import Call
+from fastdpo.core.linear import ForwardPass, Kept, Needs, RowState
+from fastdpo.core.results import LinearLogps
+from fastdpo.core.rows import Rows, selected
 from fastdpo.head import Head
-from fastdpo.linear import ForwardPass, Kept, Needs, RowState
-from fastdpo.results import LinearLogps
-from fastdpo.rows import Rows, selected
 
 
 def token_logps(
