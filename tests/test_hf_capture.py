@@ -27,7 +27,8 @@ def test_the_models_own_head_never_sees_the_batch():
     for _ in range(2):
         hf.sequence_logps(model, input_ids, labels, attention_mask)
     vocab = model.config.vocab_size
-    assert shapes == [(1, 16, vocab), (4, 0, vocab)]  # the probe's rows, once, then nothing
+    assert [shape for shape in shapes if shape[1]] == [(1, 16, vocab)]  # the probe's rows, once
+    assert shapes[-2:] == [(1, 16, vocab), (4, 0, vocab)]
 
 
 def test_the_model_is_left_as_it_was_even_by_a_forward_that_fails():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -157,6 +158,84 @@ def test_softcapped_logits(tmp_path):
 def test_an_adapter(tmp_path):
     peft = pytest.importorskip("peft")
     compare(tmp_path, model, peft_config=peft.LoraConfig(r=4, task_type="CAUSAL_LM"))
+
+
+def continued():
+    """An adapter that was trained before; the trainer makes its copy, "ref"."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, task_type="CAUSAL_LM")
+    policy = peft.get_peft_model(model(), config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    return policy
+
+
+def test_an_adapter_that_is_trained_further(tmp_path):
+    (base, base_model), (ours, our_model) = (train(tmp_path, continued(), f) for f in (0, 1))
+    assert ours[0]["loss"] == pytest.approx(math.log(2.0), abs=1e-6)
+    for a, b in zip(ours, base, strict=True):
+        for key in ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen"):
+            assert a[key] == pytest.approx(b[key], rel=2e-4, abs=2e-4), key
+    assert list(our_model.peft_config) == ["default", "ref"]
+    for a, b in zip(our_model.parameters(), base_model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=4e-4, rtol=4e-3)
+
+
+def test_the_same_adapter_is_the_reference_outside_the_trainer(tmp_path):
+    from fastdpo.integrations import hf
+
+    trainer = built(tmp_path, continued(), True)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    names = {"input_ids", "attention_mask", "completion_mask"}
+    out = hf.dpo_loss(trainer.model, {k: v for k, v in batch.items() if k in names})
+    assert out.loss.item() == torch.tensor(math.log(2.0)).item()
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_attention_drops_nothing_in_the_reference(precomputed, tmp_path):
+    """TRL's disable_dropout sets modules to 0; attention reads its rate from the configuration."""
+    policy = model(attention_dropout=0.5).train()
+    reference = copy.deepcopy(policy)
+    args = {"precompute_ref_log_probs": precomputed}
+    trainer = built(tmp_path, policy, True, None if precomputed else reference, **args)
+    batch = next(iter(trainer.get_train_dataloader()))
+    lm = trainer.model if precomputed else trainer.ref_model
+    lm.train()
+    expected = trainer.compute_ref_log_probs(lm.eval(), batch)
+    got = trainer.compute_ref_log_probs(lm.train(), batch)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(m.training for m in lm.modules())
+    if precomputed:
+        computed = (batch["ref_chosen_logps"], batch["ref_rejected_logps"])
+        for a, b in zip(computed, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_padding_on_the_left(tmp_path):
+    """Of a collator of one's own: positions are counted from the first token, as without it."""
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    trainer = built(tmp_path, model("GPT2", **gpt2), True, model("GPT2", **gpt2))
+    ids = torch.randint(2, V, (2, 9))
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    labels[:, :4] = -100
+    mask[0, :3] = 0
+    lm = trainer.model.eval()
+    padded = lm(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+    alone = lm(input_ids=ids[:1, 3:], labels=labels[:1, 3:], fused_lm_head=True)
+    torch.testing.assert_close(padded.log_probs[:1, 3:], alone.log_probs)
+
+
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_what_is_not_causal_is_refused_when_it_is_attached(which, tmp_path):
+    trainer = built(tmp_path, model(), False, model())
+    bert = model("Roberta", max_position_embeddings=64)  # is_decoder=False
+    setattr(trainer, "model" if which == "policy" else "ref_model", bert)
+    with pytest.raises(ValueError, match="RobertaForCausalLM is not causal"):
+        use_fastdpo(trainer)
 
 
 def test_mixture_of_experts_keeps_its_balancing_loss(tmp_path):

@@ -10,17 +10,21 @@ guards on modules and not on hooks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from fastdpo.head import Head
 from fastdpo.integrations import probe
+from fastdpo.integrations.batches import IGNORE_INDEX
 from fastdpo.integrations.families import head_rule
 from fastdpo.integrations.heads import bind_head, vocab_parallel
+from fastdpo.integrations.order import UNKNOWN, Order, order_of
+from fastdpo.integrations.positions import placed
 from fastdpo.integrations.unwrap import (
     UnsupportedModel,
     causal_lm,
@@ -120,16 +124,28 @@ def capture(
     its wrappers a second time, accelerate's autocast among them, which does not survive that.
 
     Raises:
-        UnsupportedModel: the head cannot be described, or is not what the description says.
+        ValueError: the model cannot be right about the padding, or is given a second sequence.
+        UnsupportedModel: the head cannot be described, or is not what the description says; or the
+            model is not causal.
     """
     lm = causal_lm(model)
     head_module = output_head(lm)
     rule, spread = head_rule(lm), vocab_parallel(lm)
+    order = examine(model, input_ids.device, forward=forward, **model_kwargs)
+    if attention_mask is not None and order is not None:
+        place = placed(
+            order,
+            type(lm).__name__,
+            attention_mask,
+            model_kwargs.get("position_ids"),
+            _is_prompted(model),
+        )
+        if place is not None:
+            model_kwargs["position_ids"] = place
     probing = input_ids.numel() > 0 and not probe.is_verified(head_module, lm, rule)
     if attention_mask is not None:
         model_kwargs["attention_mask"] = attention_mask
-    if "use_cache" in inspect.signature(lm.forward).parameters:
-        model_kwargs.setdefault("use_cache", False)  # keys and values of all layers, for nobody
+    model_kwargs = {**_no_cache(lm), **model_kwargs}
 
     with _tapped(lm, head_module, probing, spread) as tap:
         outputs = (forward or model)(input_ids=input_ids, **model_kwargs)
@@ -144,6 +160,98 @@ def capture(
     return Captured(hidden, head, tap.autocast_dtype, getattr(outputs, "aux_loss", None), spread)
 
 
+def examine(
+    model: nn.Module,
+    device: torch.device | None = None,
+    *,
+    labels: Tensor | None = None,  # [S, T]
+    forward: Callable[..., Any] | None = None,
+    **model_kwargs: Any,
+) -> Order | None:
+    """What the model does with the order of its tokens; None where that cannot be asked (no data,
+    or while compiling). The answer is found once per model, by two or three tiny forwards.
+
+    Raises:
+        ValueError: model_kwargs has a second sequence, an encoder's or a decoder's; or tokens with
+            a label are of a type that the tokens before them see.
+        UnsupportedModel: the model is no decoder-only causal language model.
+    """
+    lm = causal_lm(model)
+    for name in model_kwargs:
+        if name.startswith("decoder_") or name == "encoder_outputs":
+            raise ValueError(
+                f"{name} should not be given: a decoder-only model reads its labels from input_ids"
+            )
+    some = next(lm.parameters())
+    device = some.device if device is None else device
+    if torch.compiler.is_compiling() or device.type == "meta" or detect_fake_mode(some) is not None:
+        return None
+    head, spread = output_head(lm), vocab_parallel(lm)
+
+    def ask(typed: bool) -> Order:
+        def run(ids: Tensor, mask: Tensor, position_ids: Tensor | None) -> Tensor | None:
+            given = _no_cache(lm)
+            if position_ids is not None:
+                given["position_ids"] = position_ids
+            if typed:
+                given["token_type_ids"] = torch.ones_like(ids)
+            with _tapped(lm, head, False, spread) as tap:
+                (forward or lm)(input_ids=ids, attention_mask=mask, **given)
+            hidden = tap.hidden
+            whole = tap.calls == 1 and hidden is not None and hidden.shape[:-1] == ids.shape
+            return hidden if whole else None
+
+        takes_positions = "position_ids" in _parameters(lm)
+        return order_of(lm, run, takes_positions=takes_positions, typed=typed, device=device)
+
+    order = ask(typed=False)
+    types = model_kwargs.get("token_type_ids")
+    if not order.causal and types is not None:  # a prefix is seen from everywhere, and the rest not
+        by_types = ask(typed=True)
+        if by_types is not UNKNOWN:
+            order = by_types
+        if order.causal and labels is not None:
+            _refuse_seen_labels(types, labels)
+    if not order.causal:
+        hint = " with token_type_ids of 1" if types is not None else ""
+        raise UnsupportedModel(
+            f"model: {type(lm).__name__} is not causal{hint}: a token changes the hidden states "
+            "before it (an encoder, a masked language model, BERT without is_decoder=True, or a "
+            "prefix without token_type_ids?)"
+        )
+    return order
+
+
+def _refuse_seen_labels(
+    types: Tensor,  # [S, T]
+    labels: Tensor,  # [S, T]
+) -> None:
+    seen = ((types == 0) & (labels != IGNORE_INDEX).to(types.device)).any()
+    message = (
+        "token_type_ids should be 1 where a token has a label: the model sees those of 0 from "
+        "everywhere"
+    )
+    if types.device.type != "cpu":
+        torch._assert_async(~seen, message)
+    elif bool(seen):
+        raise ValueError(message)
+
+
+def _parameters(lm: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(lm.forward).parameters
+
+
+def _no_cache(lm: nn.Module) -> dict[str, Any]:
+    """Else the keys and values of all layers, for nobody."""
+    return {"use_cache": False} if "use_cache" in _parameters(lm) else {}
+
+
+def _is_prompted(model: nn.Module) -> bool:
+    """Has it an adapter that puts virtual tokens before the sequence?"""
+    peft = peft_model(model)
+    return bool(getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def _captured_hidden(tap: HeadTap, model: nn.Module, lm: nn.Module, input_ids: Tensor) -> Tensor:
     name = type(lm).__name__
     if tap.calls != 1 or tap.hidden is None:
@@ -151,9 +259,7 @@ def _captured_hidden(tap: HeadTap, model: nn.Module, lm: nn.Module, input_ids: T
             f"model: the forward of {name} called its output head {tap.calls} times instead of once"
         )
     hidden = tap.hidden
-    peft = peft_model(model)
-    prompts = getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False)
-    if prompts and hidden.ndim == 3:
+    if _is_prompted(model) and hidden.ndim == 3:
         hidden = hidden[:, -input_ids.shape[1] :]  # virtual tokens come first and have no labels
     if hidden.shape[:-1] != input_ids.shape:
         raise UnsupportedModel(

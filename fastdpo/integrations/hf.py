@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +34,10 @@ from fastdpo.integrations.batches import (
     unshift,
     with_row_index,
 )
-from fastdpo.integrations.capture import Captured, capture
+from fastdpo.integrations.capture import Captured, capture, examine
 from fastdpo.integrations.families import FAMILIES, HeadRule
 from fastdpo.integrations.heads import hidden_scale, read_head, vocab_parallel
+from fastdpo.integrations.reference import reference_adapter, with_adapter, without_dropout
 from fastdpo.integrations.unwrap import UnsupportedModel, peft_model
 
 __all__ = [
@@ -91,7 +92,9 @@ def sequence_logps(
         input_ids: [S, T] token ids.
         labels: [S, T] Hugging Face labels: the same positions as input_ids (they are shifted here),
             -100 where a token carries no loss.
-        attention_mask: [S, T], padding on either side.
+        attention_mask: [S, T], padding on either side. Models that count positions get
+            position_ids made from it, unless given; models that cannot be right about padding on
+            the left refuse it.
         per_token: return [S, T] instead of [S]; column t is about the token at position t, and 0
             where it carries no loss (always at position 0, which nothing predicts).
         stats: with per_token, any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; see
@@ -105,8 +108,8 @@ def sequence_logps(
 
     Raises:
         ValueError: naming the argument.
-        UnsupportedModel: a ValueError; the model's logits are not what fastdpo computes, or its
-            head cannot be read.
+        UnsupportedModel: a ValueError; the model is no decoder-only causal language model, its
+            logits are not what fastdpo computes, or its head cannot be read.
     """
     check_sequences(input_ids, labels, attention_mask)
     if stats and not per_token:
@@ -115,6 +118,7 @@ def sequence_logps(
         raise ValueError(
             "average_log_prob should be False with per_token=True, which averages nothing"
         )
+    examine(model, input_ids.device, labels=labels, **model_kwargs)
     captured = capture(model, input_ids, attention_mask, **model_kwargs)
     shifted = shift_labels(labels).to(captured.hidden.device)
     tokens = captured_logps(
@@ -141,6 +145,7 @@ def dpo_loss(
     ref_model: nn.Module | None = None,
     beta: float = 0.1,
     *,
+    ref_adapter: str | None = None,
     objective: str | Sequence[str] | Mapping[str, float] = "sigmoid",
     label_smoothing: float = 0.0,
     average_log_prob: bool = False,
@@ -155,10 +160,9 @@ def dpo_loss(
     """The preference loss of a batch of pairs under a causal language model of transformers.
 
     The reference is, in this order: none where `reference_free`; the batch's `ref_chosen_logps` and
-    `ref_rejected_logps`; `ref_model`; a PEFT model with its adapter disabled. It gets no gradient.
-    Dropout is left as
-    the models have it: put ref_model into eval mode, and the policy's dropout at 0 where adapters
-    make the reference.
+    `ref_rejected_logps`; `ref_model`; a PEFT model under `ref_adapter`. It gets no gradient and has
+    no dropout; the modes, active adapters and requires_grad of both models are afterwards what they
+    were.
 
     Args:
         model: the policy, as in `sequence_logps`.
@@ -169,6 +173,11 @@ def dpo_loss(
             nothing waits for a GPU, else the number of rows does, once. All other entries go to
             the models' forward.
         ref_model: the reference.
+        ref_adapter: the adapter of a PEFT model that makes it the reference, such as a frozen copy
+            of the adapter that training continues from; "__base__" is the model without adapters.
+            None is the adapter named "ref", as TRL's DPOTrainer names that copy, where there is
+            one; the model without adapters where all that it has are active; and an error where it
+            has others.
         beta, objective, label_smoothing, average_log_prob, **objective_options: as in
             `fastdpo.loss.linear_dpo_loss`.
         reference_free: the reference's log-ratio is 0. Objectives that define no reference (simpo,
@@ -190,6 +199,15 @@ def dpo_loss(
             )
     parts = preference_batch(batch)
     row_index = parts.row_index
+    if ref_adapter is not None and (
+        reference_free or ref_model is not None or parts.ref_logps is not None
+    ):
+        raise ValueError(
+            f"ref_adapter should be None where there is another reference or none, got "
+            f"{ref_adapter!r}"
+        )
+    # Before the reference is computed.
+    examine(model, parts.input_ids.device, labels=parts.labels, **parts.model_kwargs)
     if reference_free:
         if ref_model is not None or parts.ref_logps is not None:
             raise ValueError("reference_free should be False where a reference is given")
@@ -199,7 +217,9 @@ def dpo_loss(
             raise ValueError("ref_model should be None where the batch has ref_chosen_logps")
         ref_logps = parts.ref_logps
     else:
-        ref_logps, row_index = _reference_logps(model, ref_model, parts, temperature, backend)
+        ref_logps, row_index = _reference_logps(
+            model, ref_model, ref_adapter, parts, temperature, backend
+        )
     model_kwargs = dict(parts.model_kwargs)
     if router_aux_loss_coef is not None:
         model_kwargs["output_router_logits"] = True
@@ -266,6 +286,7 @@ def captured_logps(
 def _reference_logps(
     model: nn.Module,
     ref_model: nn.Module | None,
+    ref_adapter: str | None,
     parts: PreferenceBatch,
     temperature: float,
     backend: str | None,
@@ -273,18 +294,19 @@ def _reference_logps(
     """Per token [2B, T], aligned with the shifted labels, and the rows that carry loss [N]: found
     once, for the policy as well.
     """
-    peft = peft_model(model)
-    if ref_model is not None:
-        adapter, reference = nullcontext(), ref_model
-    elif peft is not None:
-        adapter, reference = peft.disable_adapter(), model
-    else:
-        raise ValueError(
-            "ref_model should be given: the model is no PEFT model whose adapter could be "
-            "disabled, and the batch has no ref_chosen_logps and ref_rejected_logps (or pass "
-            "reference_free=True)"
-        )
-    with adapter:
+    reference = model if ref_model is None else ref_model
+    with ExitStack() as stack:
+        if ref_model is None:
+            peft = peft_model(model)
+            name = reference_adapter(peft, ref_adapter)
+            if peft is None:
+                raise ValueError(
+                    "ref_model should be given: the model is no PEFT model whose adapter could be "
+                    "disabled, and the batch has no ref_chosen_logps and ref_rejected_logps (or "
+                    "pass reference_free=True)"
+                )
+            stack.enter_context(with_adapter(peft, name))
+        stack.enter_context(without_dropout(reference))
         captured = capture(reference, parts.input_ids, parts.attention_mask, **parts.model_kwargs)
         labels, row_index = _rows(captured, parts)
         logps = captured_logps(

@@ -11,6 +11,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from fastdpo.core import checks
 from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
-from fastdpo.integrations.capture import capture
+from fastdpo.integrations.capture import capture, examine
 from fastdpo.integrations.hf import captured_logps, find_rows
+from fastdpo.integrations.reference import without_dropout
 from fastdpo.integrations.unwrap import causal_lm, peft_model
 from fastdpo.loss import LinearLogps
 
@@ -70,9 +72,13 @@ def use_fastdpo(
         policy_stats += ("log_sum_sq_probs",)
     options = {"workspace_bytes": workspace_bytes, "backend": backend}
     rows = _LastRows()
+    reference = cast("nn.Module | None", trainer.ref_model)
+    for model in (policy, reference):
+        if model is not None:  # the batches may bring token types, and are then looked at
+            examine(model, token_type_ids=())
     _answer(causal_lm(policy), rows, stats=policy_stats, **options)
-    if trainer.ref_model is not None:
-        _answer(causal_lm(cast(nn.Module, trainer.ref_model)), rows, stats=(), **options)
+    if reference is not None:
+        _answer(causal_lm(reference), rows, stats=(), **options)
     return trainer
 
 
@@ -120,7 +126,12 @@ def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options
         if not fused_lm_head:
             return previous(*args, **kwargs)
         labels: Tensor = kwargs.pop("labels")  # [S, T]
-        captured = capture(self, *args, forward=previous, **kwargs)
+        # The trainer's reference, and its evaluation: TRL sets the probability of Dropout modules
+        # to 0, not that of attention.
+        quiet = nullcontext() if torch.is_grad_enabled() else without_dropout(self)
+        with quiet:
+            examine(self, labels.device, labels=labels, forward=previous, **kwargs)
+            captured = capture(self, *args, forward=previous, **kwargs)
         shifted = shift_labels(labels).to(captured.hidden.device)
         index = rows.index(labels, shifted, captured.vocab_size)
         tokens = captured_logps(captured, shifted, row_index=index, stats=stats, **options)

@@ -13,17 +13,36 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class UnsupportedModel(ValueError):
-    """The model's head cannot be described exactly; the message says why."""
+    """The model's log-probabilities cannot be computed exactly; the message says why."""
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The Hugging Face causal language model inside its wrappers."""
+    """The Hugging Face causal language model inside its wrappers.
+
+    Raises:
+        UnsupportedModel: it is none, by its class or its configuration. (What only its forward
+            shows, `fastdpo.integrations.capture.examine` finds.)
+    """
     lm = _innermost(model)
     if not callable(getattr(lm, "get_output_embeddings", None)) or not hasattr(lm, "config"):
         raise UnsupportedModel(
             f"model: expected a Hugging Face causal language model, got {type(lm).__name__}"
         )
+    kind = _not_decoder_only(lm)
+    if kind is not None:
+        raise UnsupportedModel(
+            f"model: expected a decoder-only causal language model, got {type(lm).__name__}, {kind}"
+        )
     return lm
+
+
+def _not_decoder_only(lm: Any) -> str | None:
+    configs = (lm.config, lm.config.get_text_config())
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+        return "an encoder and a decoder: the encoder would see the answers"
+    if any(cls.__name__.endswith("ForMaskedLM") for cls in type(lm).__mro__):
+        return "a masked language model: every token would see the answers"
+    return None
 
 
 def output_head(lm: Any) -> nn.Module:

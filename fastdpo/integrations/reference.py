@@ -1,0 +1,118 @@
+"""The reference pass of a model that is its own reference: no dropout, and another adapter or none.
+
+Everything that is changed for it is put back, module by module and parameter by parameter: PEFT's
+`set_adapter` and the end of its `disable_adapter` set `requires_grad` as they think fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+REF_ADAPTER = "ref"  # the name that TRL gives to the frozen copy of an adapter
+BASE = "__base__"  # PEFT's name for no adapter at all
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode. Not by `eval()`, which modules may override to do more."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def reference_adapter(peft: Any | None, ref_adapter: str | None) -> str | None:
+    """The adapter of a PEFT model that is the reference; None for the model without adapters.
+
+    Raises:
+        ValueError: ref_adapter names none, or the trained one, or should have been given.
+    """
+    if ref_adapter is not None and not isinstance(ref_adapter, str):
+        raise ValueError(
+            f"ref_adapter should be the name of an adapter, got {type(ref_adapter).__name__}"
+        )
+    if peft is None:
+        if ref_adapter is not None:
+            raise ValueError(
+                f"ref_adapter should be None for a model that is no PEFT model, got {ref_adapter!r}"
+            )
+        return None
+    names, active = list(peft.peft_config), list(peft.active_adapters)
+    if ref_adapter is None:
+        idle = [name for name in names if name not in active]
+        if not idle and REF_ADAPTER not in active:
+            return None
+        if REF_ADAPTER not in idle:
+            raise ValueError(
+                f"ref_adapter should be given for a model with the adapters {names}, of which "
+                f"{active} active: the reference's name, or {BASE!r} for the model without "
+                "adapters"
+            )
+        return REF_ADAPTER
+    if ref_adapter == BASE and BASE not in names:
+        return None
+    if ref_adapter not in names:
+        raise ValueError(
+            f"ref_adapter should be one of {names}, or {BASE!r} for the model without adapters, "
+            f"got {ref_adapter!r}"
+        )
+    if ref_adapter in active and _trained(peft, ref_adapter):
+        raise ValueError(
+            f"ref_adapter should be a frozen adapter, got {ref_adapter!r}, which is active and "
+            "trained"
+        )
+    return ref_adapter
+
+
+@contextmanager
+def with_adapter(
+    peft: Any,
+    name: str | None,  # None: with none
+) -> Iterator[None]:
+    """The PEFT model with another adapter, or without, and afterwards as it was."""
+    flags = [(p, p.requires_grad) for p in peft.parameters()]
+    try:
+        with peft.disable_adapter() if name is None else _active(peft, name):
+            yield
+    finally:
+        for parameter, requires_grad in flags:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _active(peft: Any, name: str) -> Iterator[None]:
+    if any(getattr(module, "merged", False) is True for module in peft.modules()):
+        raise ValueError(
+            "model should have its adapters unmerged where ref_adapter is the reference "
+            "(unmerge_adapter)"
+        )
+    # What set_adapter sets, in PeftModel, in its tuner and in the layers. It has no inverse: layers
+    # may have several active adapters, and each its own.
+    state = [
+        (module, attribute, vars(module)[attribute])
+        for module in peft.modules()
+        for attribute in ("active_adapter", "_active_adapter")
+        if attribute in vars(module)
+    ]
+    try:
+        peft.set_adapter(name)
+        yield
+    finally:
+        for module, attribute, value in state:
+            setattr(module, attribute, value)
+
+
+def _trained(peft: Any, name: str) -> bool:
+    return any(
+        parameter.requires_grad and name in path.split(".")
+        for path, parameter in peft.named_parameters()
+    )
