@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -26,7 +28,10 @@ def test_logps_and_all_gradients_match_the_models_own_logits(family, padding):
     input_ids, attention_mask, labels = batch(padding=padding)
     upstream = torch.linspace(-1.0, 2.0, len(labels))  # every sequence its own weight, one negative
 
-    expected = eager_token_logps(model, input_ids, labels, attention_mask=attention_mask).sum(-1)
+    kwargs = {"attention_mask": attention_mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # as generation makes them
+        kwargs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    expected = eager_token_logps(model, input_ids, labels, **kwargs).sum(-1)
     (expected * upstream).sum().backward()
     expected_grads = gradients(model)
     got = hf.sequence_logps(model, input_ids, labels, attention_mask)

@@ -187,6 +187,34 @@ def test_a_hugging_face_step_waits_at_most_once(given):
         assert gpu.get(policy.lm_head.weight.grad).isfinite().all()
 
 
+def test_padding_on_the_left_waits_for_nothing():
+    """Neither where positions are made from the mask, nor where it is refused."""
+    transformers = pytest.importorskip("transformers")
+    from hf_models import batch, build
+
+    bart = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48}
+    config = transformers.MBartConfig(vocab_size=53, attn_implementation="eager", **bart)
+    refused = transformers.MBartForCausalLM(config).eval()
+    model = build("GPT2", attn_implementation="eager")
+    input_ids, attention_mask, labels = batch(padding="left")
+    pairs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    expected = hf.dpo_loss(model, pairs, reference_free=True)
+    pairs = hf.with_row_index(pairs)
+    right = hf.with_row_index({**pairs, "attention_mask": attention_mask.flip(-1)})
+    with PretendGPU() as gpu:
+        for lm in (model, refused):
+            lm._apply(gpu.put)
+        pairs, right = ({key: gpu.put(v) for key, v in p.items()} for p in (pairs, right))
+        hf.dpo_loss(model, pairs, reference_free=True)
+        hf.dpo_loss(refused, right, reference_free=True)
+        gpu.waits.clear()
+        found = hf.dpo_loss(model, pairs, reference_free=True)
+        torch.testing.assert_close(gpu.get(found.chosen_logps), expected.chosen_logps)
+        with pytest.raises(RuntimeError, match="attention_mask should be padded on the right"):
+            hf.dpo_loss(refused, pairs, reference_free=True)
+        assert gpu.waits == []
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_materialized_logits(dtype):
     labels = torch.randint(300, (4, 9))

@@ -10,7 +10,8 @@ their logits.
 The backbone runs as the model wrote it, through every wrapper around it, up to the input of its
 lm_head (`fastdpo.integrations.capture`); from there on it is `fastdpo.loss`. What the model's
 family does to its logits is listed in `fastdpo.integrations.families`, and compared with the
-model's own logits on the first call.
+model's own logits on the first call. Whether the model is causal, and how it counts padding, is
+asked of it as well (`fastdpo.integrations.order`).
 """
 
 from __future__ import annotations

@@ -40,8 +40,10 @@ def use_fastdpo(
         trainer.train()
 
     Policy, reference and adapters, precomputed references, every `loss_type` and every metric of
-    the trainer stay TRL's own. Calls without `fused_lm_head=True` (generation among them) reach
-    the forward that the model had.
+    the trainer stay TRL's own, but for two things that are right here: a forward without gradients
+    (the reference, evaluation) has no dropout in attention either, and padding on the left moves no
+    positions. (What `precompute_ref_log_probs` computed while the trainer was built is TRL's.)
+    Calls without `fused_lm_head=True` (generation among them) reach the forward that the model had.
 
     Args:
         trainer: a `trl.DPOTrainer`, built and not yet training.
