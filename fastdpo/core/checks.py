@@ -156,7 +156,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype | None:
     inputs).
     """
     device = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if hidden.dtype == torch.float64 or hidden.is_meta:  # autocast knows no such device
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
