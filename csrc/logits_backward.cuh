@@ -27,8 +27,8 @@ struct RowGradient {
   float log_sum;
   int label;  // -1 where it is outside the vocabulary
 
-  // t as `curve` gives it. z is rounded before anything is taken from it, as the forward rounded it,
-  // and the largest logit goes first: that is exact where z is close to it.
+  // t as `curve` gives it. z is rounded before anything is taken from it, as the forward rounded
+  // it, and the largest logit goes first: that is exact where z is close to it.
   template <bool kSoftcap>
   __device__ __forceinline__ float operator()(const LogitMap& map, float t, int column) const {
     const float probability = fast_exp((factor<kSoftcap>(map) * t - top) - log_sum);

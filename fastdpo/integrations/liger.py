@@ -120,9 +120,7 @@ class FusedLinearDPOLoss(torch.nn.Module):
         if self._zero_reference:
             reference = step.Reference(logps=_input.new_zeros(labels.shape[0]))
         loss_call = LossCall(resolved, self.average_log_prob)
-        output, tokens, segments = step.linear_loss(
-            _input, head, found, reference, call, loss_call
-        )
+        output, tokens, segments = step.linear_loss(_input, head, found, reference, call, loss_call)
         loss, nll = output.loss, output.loss.new_zeros(())
         if self.compute_nll_loss:
             sums = sequences.sequence_sums(tokens.logps, segments.rows)

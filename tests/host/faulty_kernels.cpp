@@ -1,5 +1,5 @@
-// Kernels that are wrong on purpose. The executor must notice each of them, or its silence about the
-// right ones means nothing.
+// Kernels that are wrong on purpose. The executor must notice each of them, or its silence about
+// the right ones means nothing.
 #include "cuda_runtime.h"
 
 namespace {
@@ -57,14 +57,9 @@ void beyond_shared_kernel(Out p) {
   p.values[0] = shared[0];
 }
 
-void (*const kKernels[])(Out) = {race_kernel,
-                                 synchronised_kernel,
-                                 uninitialised_kernel,
-                                 ordered_kernel,
-                                 divergent_barrier_kernel,
-                                 divergent_shuffle_kernel,
-                                 shuffle_kernel,
-                                 beyond_shared_kernel};
+void (*const kKernels[])(Out) = {race_kernel,    synchronised_kernel,      uninitialised_kernel,
+                                 ordered_kernel, divergent_barrier_kernel, divergent_shuffle_kernel,
+                                 shuffle_kernel, beyond_shared_kernel};
 
 }  // namespace
 
