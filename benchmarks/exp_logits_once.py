@@ -13,7 +13,7 @@ from benchmarks.environment import default_device
 from benchmarks.inputs import make_inputs
 from benchmarks.scenarios import HEADS, Scenario
 from fastdpo.backends import select
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from benchmarks.measure import Step
 from benchmarks.providers.base import no_compiler
 from benchmarks.scenarios import HEADS
 from fastdpo.backends import select
-from fastdpo.head import Head
+from fastdpo.backends.contract import LogitMap
 
 _SEQUENCES = 8
 Function = Callable[[Tensor, Tensor, float | None], Tensor]
@@ -39,16 +39,16 @@ def contests(shape: Shape, device: torch.device) -> Iterator[Contest]:
 
 def _forward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | None) -> Contest:
     first, count = logits[0], len(logits)
-    head = Head(first.new_empty(0), softcap=softcap)
+    logit_map = LogitMap(softcap=softcap)
     found, absent = serving("logits_logps", first)
     work = kernels_model.logits_logps(*first.shape, first.element_size())
     steps: dict[str, Step] = {
-        name: lambda i, m=module: m.logits_logps(logits[i % count], labels, head)
+        name: lambda i, m=module: m.logits_logps(logits[i % count], labels, logit_map)
         for name, module in found.items()
     }
     if "cuda" in found:  # a row's parts put together by a launch instead of by its last block
         steps["cuda, second launch"] = lambda i: found["cuda"].logits_logps(
-            logits[i % count], labels, head, second_launch=True
+            logits[i % count], labels, logit_map, second_launch=True
         )
     for name, function in _pytorch(first.device, absent).items():
         steps[name] = lambda i, f=function: f(logits[i % count], labels, softcap)
@@ -58,10 +58,10 @@ def _forward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float 
 
 def _backward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | None) -> Contest:
     first, count = logits[0], len(logits)
-    head = Head(first.new_empty(0), softcap=softcap)
+    logit_map = LogitMap(softcap=softcap)
     # By the torch backend, so that a forward that fails does not take this contest with it.
     oracle = select.primitive("logits_logps", first, "torch")
-    lse = [oracle.logits_logps(z, labels, head)[1] for z in logits]
+    lse = [oracle.logits_logps(z, labels, logit_map)[1] for z in logits]
     grad, out = lse[0].new_ones(labels.shape), [torch.empty_like(z) for z in logits]
     found, absent = serving("logits_logps_backward", first)
     work = kernels_model.logits_logps_backward(*first.shape, first.element_size())
@@ -69,7 +69,7 @@ def _backward(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float
     def step(module: ModuleType) -> Step:
         def run(i: int) -> None:
             j = i % count
-            module.logits_logps_backward(grad, logits[j], labels, lse[j], head, out[j])
+            module.logits_logps_backward(grad, logits[j], labels, lse[j], logit_map, out[j])
 
         return run
 
@@ -85,7 +85,7 @@ def _loss(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | N
     and primitive by primitive.
     """
     first, count, rows = logits[0], len(logits), labels.numel()
-    head = Head(first.new_empty(0), softcap=softcap)
+    logit_map = LogitMap(softcap=softcap)
     sequences = min(_SEQUENCES, rows // 2 * 2)
     ends = [rows * s // sequences for s in range(sequences + 1)]
     offsets = torch.tensor(ends, device=first.device)
@@ -98,14 +98,14 @@ def _loss(shape: Shape, logits: list[Tensor], labels: Tensor, softcap: float | N
 
     def by_primitives(name: str) -> Step:
         def run(i: int) -> None:
-            logps, _ = found[name].logits_logps(logits[i % count], labels, head)
+            logps, _ = found[name].logits_logps(logits[i % count], labels, logit_map)
             losses[name].sequence_loss(logps, offsets, ref, *options)
 
         return run
 
     def fused(module: ModuleType) -> Step:
         return lambda i: module.logits_sequence_loss(
-            logits[i % count], labels, head, offsets, ref, *options
+            logits[i % count], labels, logit_map, offsets, ref, *options
         )
 
     steps = {name: by_primitives(name) for name in found if name in losses}

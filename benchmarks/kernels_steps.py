@@ -13,8 +13,8 @@ from benchmarks.kernels_contest import COPY, ROTATE, Contest, Shape, copy_of, se
 from benchmarks.measure import Step
 from benchmarks.scenarios import HEADS
 from fastdpo.backends import select
-from fastdpo.head import Head
-from fastdpo.workspace import padded_empty
+from fastdpo.backends.contract import Head
+from fastdpo.backends.workspace import padded_empty
 
 _SEQUENCES = 16
 

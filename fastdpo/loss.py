@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo import objectives
+from fastdpo.backends.contract import LogitMap
 from fastdpo.core import checks, rows, sequences, step
 from fastdpo.core.call import Call, LossCall
 from fastdpo.core.logits import checked_labels
 from fastdpo.core.logits import token_logps as logits_token_logps
 from fastdpo.core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
-from fastdpo.head import Head
 from fastdpo.integrations.liger import FusedLinearDPOLoss
 from fastdpo.objectives import OBJECTIVES, Pairs
 from fastdpo.parallel import SequenceParallel, VocabParallel
@@ -295,7 +295,7 @@ def logits_dpo_loss(
         ValueError: naming the argument, before anything is computed.
         fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
     """
-    head = checks.materialized(logits, cu_seqlens, logit_scale, softcap, temperature)
+    logit_map = checks.materialized(logits, cu_seqlens, logit_scale, softcap, temperature)
     checks.flag("average_log_prob", average_log_prob)
     pairs = checks.pairs(pairs)
     labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
@@ -315,7 +315,7 @@ def logits_dpo_loss(
     return step.logits_loss(
         logits,
         checked_labels(labels, checks.ignored(ignore_index), logits.shape[-1]),
-        head,
+        logit_map,
         step.Reference(ref_logps, per_token),
         LossCall(resolved, average_log_prob, pairs, cu_seqlens),
         checks.backend(backend),
@@ -358,8 +358,7 @@ def get_batch_logps(
     labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
     targets = checked_labels(shifted, -100, logits.shape[-1])
-    head = Head(logits.new_empty(0))
-    per_token = logits_token_logps(logits, targets, head, inplace=inplace_backward)
+    per_token = logits_token_logps(logits, targets, LogitMap(), inplace=inplace_backward)
     lengths = (shifted != -100).sum(-1)
     all_rows = torch.full_like(lengths, shifted.shape[1])
     sums = sequences.sequence_sums(per_token.flatten(), all_rows)

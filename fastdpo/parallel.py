@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpo.backends import ExpSums
+from fastdpo.backends.contract import ExpSums
 
 # By name, for the operators that torch.compile sees: they take no objects.
 _GROUPS: dict[str, dist.ProcessGroup] = {}

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdpo.backends import cuda, cuda_ops
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 
 PRIMITIVES = {"target_logits", "logits_logps", "logits_logps_backward", "sequence_loss"}
 

@@ -135,7 +135,7 @@ def test_many_blocks_of_rows(processes):
 
 def _with_small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastdpo.workspace._BLOCK_BYTES", {"cpu": 150_000})
+        patch.setattr("fastdpo.backends.workspace._BLOCK_BYTES", {"cpu": 150_000})
         tensors = make(200, 1000, 16, torch.float32, ignored=0.0)
         logps, _ = logps_and_gradients(tensors, {}, (True, False, False))
     torch.testing.assert_close(logps, linear_logps(tensors[0], tensors[1], tensors[3]))

@@ -135,8 +135,8 @@ def test_a_dpo_step_is_three_units_and_one_for_the_reference():
 )
 def test_nothing_of_the_logits_size_is_allocated(trained, monkeypatch):
     """With small blocks, no tensor is larger than the gradients, or a block."""
-    from fastdpo import workspace
     from fastdpo.backends import torch as backend
+    from fastdpo.backends import workspace
 
     block = 64 * V * 4
     monkeypatch.setitem(workspace._BLOCK_BYTES, "cpu", block // 2)

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 
 autotune = pytest.importorskip("fastdpo.backends.triton.autotune")
 configs = pytest.importorskip("fastdpo.backends.triton.configs")

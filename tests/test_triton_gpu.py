@@ -17,7 +17,7 @@ from test_linear_logps import check, make
 from test_triton_primitives import STATS, everything, inputs, same_bits
 from torch import nn
 
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 from fastdpo.loss import linear_dpo_loss, linear_logps
 
 triton = pytest.importorskip("fastdpo.backends.triton")
@@ -320,7 +320,7 @@ SANITIZED = """
 import torch
 from test_triton_primitives import DTYPES, STATS, everything, inputs
 from fastdpo.backends import triton
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 for dtype in DTYPES:
     for n, v, d, softcap in ((1, 300, 47, None), (70, 515, 64, 9.0)):
         hidden, head, labels = inputs(dtype, n=n, v=v, d=d, softcap=softcap)

@@ -13,10 +13,9 @@ import pytest
 import torch
 from host import cases
 
-from fastdpo.backends import COLLISION_SHIFT, RAISE_ABOVE
 from fastdpo.backends import torch as oracle
-from fastdpo.head import Head
-from fastdpo.workspace import padded_empty
+from fastdpo.backends.contract import COLLISION_SHIFT, RAISE_ABOVE, Head
+from fastdpo.backends.workspace import padded_empty
 
 triton = pytest.importorskip("fastdpo.backends.triton")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdpo import workspace
+from fastdpo.backends import workspace
 
 MIB = 1 << 20
 LIKE = {dtype: torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}

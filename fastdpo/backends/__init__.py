@@ -1,81 +1,9 @@
-"""The same few primitives, once per backend: torch (any device, the oracle), triton, cuda.
+"""The same few primitives, once per backend.
 
-A backend is a module with these functions. They are pure, know nothing of autograd, losses or
-users, and every tensor they are given has been checked. N is the number of rows that carry loss, V
-the vocabulary (or a tile of it), D the hidden size; "accumulate dtype" is fp64 for fp64 inputs,
-else fp32.
-
-`target_logits(hidden [N, D], head, labels [N]) -> a [N]`
-    The label's own logit, a_t = z_t[y_t], in the accumulate dtype.
-
-`exp_logits(hidden [N, D], head, labels [N], anchor [N], *, fixed_anchor=False, out=None,
-label_entry=None, stats=()) -> ExpSums`
-    One product and its epilogue over every entry v of `head` except the label:
-
-        e_tv = exp(z_tv − anchor_t)          S_t = Σ_{v ≠ y_t} e_tv
-
-    `labels` outside [0, V) mean that the row's label lies in another tile of the vocabulary. Unless
-    `fixed_anchor`, a row with S_t > RAISE_ABOVE (or not finite) is done again with anchor_t :=
-    max_{v ≠ y_t} z_tv, which is exact for any logits; the anchors used come back. `out` [N, K], K ≤
-    V, receives E_tv = e_tv · d_tv of the first K entries (d is the softcap's derivative, 1 without
-    one) in its own dtype, with `label_entry_t` (0 where None) in the label's column. `stats` asks
-    for more sums, see ExpSums.
-
-`logits_logps(logits [N, V], labels [N], head) -> (logps [N], lse [N, 2])`
-    Materialized logits, read once; `head` supplies scale, softcap and temperature (its weight is
-    not read).
-    The row's log-sum-exp comes in two terms, its largest logit and log Σ exp(z − that): their sum
-    would lose what logits with a large common part have left, in the gradient above all. Rows whose
-    label is negative carry no loss: they are not read, logps and lse are 0.
-
-`logits_logps_backward(grad_logps [N], logits [N, V], labels [N], lse [N, 2], head, out [N, V]) ->
-    None` out_tv = grad_t · ∂logp_t/∂logits_tv, in out's dtype; `out` may be `logits` itself. Rows
-    whose label is negative are written as zeros.
-
-`sequence_loss(logps [N], offsets [2B + 1], ref_logps [2B], beta, label_smoothing, average, pairs)
-    -> SequenceLoss` Sequence s owns logps[offsets[s]:offsets[s + 1]]; `pairs` is "concatenated" or
-    "interleaved". The DPO sigmoid loss with label smoothing, the mean over B pairs, and what its
-    backward needs.
-
-A backend module also says what it can do: `PRIMITIVES` (a frozenset of the names above that it
-implements), `available() -> (bool, reason)` for this machine, and `supports(device, dtype) ->
-(bool, reason)`.
-
-The gradient products on E are plain matrix products and live with the schedule, in
-`fastdpo.core.linear`.
+contract     what a primitive takes and returns, what a head is
+select       which backend serves which primitive
+workspace    how large the pieces are
+torch        chunked PyTorch: any device, the oracle of the others
+triton       the product with its epilogue, and kernels for logits that exist
+cuda         CUDA C++ for logits that exist and for the small primitives (csrc/)
 """
-
-from __future__ import annotations
-
-from typing import NamedTuple
-
-from torch import Tensor
-
-# Anchored at the label's own logit, e = exp(z − a) fits fp32 and bf16 from e^-87 to e^+88. A row
-# whose sum exceeds e^60 has a label at probability below e^-60 and is anchored at its maximum
-# instead.
-RAISE_ABOVE = 1.1420073898156842e26
-# Σ e² is kept as Σ (e · e^-22)², which neither underflows nor overflows for sums up to RAISE_ABOVE.
-COLLISION_SHIFT = -22.0
-
-
-class ExpSums(NamedTuple):
-    """What `exp_logits` sums over v ≠ y, each [N] in the accumulate dtype; None where not asked
-    for.
-    """
-
-    anchor: Tensor
-    sum: Tensor  # Σ e
-    entropy: Tensor | None = None  # Σ e · (z − anchor), for stats "entropy"
-    collision: Tensor | None = None  # Σ (e · e^COLLISION_SHIFT)², for stats "log_sum_sq_probs"
-    logits: Tensor | None = None  # Σ z, for stats "mean_logits"
-    top: Tensor | None = None  # max z, for stats "is_top1"
-
-
-class SequenceLoss(NamedTuple):
-    """What `sequence_loss` returns, in the accumulate dtype."""
-
-    loss: Tensor  # [] the mean over pairs
-    logps: Tensor  # [2B] sums, or averages where asked
-    rewards: Tensor  # [2B] beta · (logps − ref_logps)
-    coefficients: Tensor  # [2B] ∂loss/∂logp of each token of the sequence

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.backends import SequenceLoss
+from fastdpo.backends.contract import Head, LogitMap, SequenceLoss
 from fastdpo.backends.cuda_ops import extension, supports
-from fastdpo.head import Head
 
 __all__ = [
     "CAPABILITIES",
@@ -122,14 +121,15 @@ def target_logits(
 def logits_logps(
     logits: Tensor,  # [N, V], any row stride
     labels: Tensor,  # [N]; negative: no loss, not read; ≥ V: NaN
-    head: Head,
+    logit_map: LogitMap,
     *,
     second_launch: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [N], [N, 2] float32
     """`second_launch`: the parts of a row are put together by a launch of their own instead of by
     the row's last block. The bits are the same; which is faster is a benchmark's question.
     """
-    return torch.ops.fastdpo_cuda.logits_logps(logits, labels, *_transform(head), second_launch)
+    options = (*_transform(logit_map), second_launch)
+    return torch.ops.fastdpo_cuda.logits_logps(logits, labels, *options)
 
 
 def logits_logps_backward(
@@ -137,13 +137,13 @@ def logits_logps_backward(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     lse: Tensor,  # [N, 2] float32
-    head: Head,
+    logit_map: LogitMap,
     out: Tensor,  # [N, V], of any served dtype; may be logits itself
     *,
     grad_scale: Tensor | None = None,  # [] or [1] float32: multiplies grad_logps, on the device
 ) -> None:
     torch.ops.fastdpo_cuda.logits_logps_backward(
-        grad_logps, logits, labels, lse, *_transform(head), out, grad_scale
+        grad_logps, logits, labels, lse, *_transform(logit_map), out, grad_scale
     )
 
 
@@ -166,7 +166,7 @@ def sequence_loss(
 def logits_sequence_loss(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]; negative: the row is in no sum and in no average
-    head: Head,
+    logit_map: LogitMap,
     offsets: Tensor,  # [2B + 1] int64, over all N rows
     ref_logps: Tensor,  # [2B]
     beta: float,
@@ -181,15 +181,15 @@ def logits_sequence_loss(
     """
     interleaved = _interleaved(pairs)
     *results, margins, row_coefficients, logps, lse = torch.ops.fastdpo_cuda.logits_sequence_loss(
-        logits, labels, offsets, ref_logps, *_transform(head), beta, label_smoothing, average,
+        logits, labels, offsets, ref_logps, *_transform(logit_map), beta, label_smoothing, average,
         interleaved,
     )  # fmt: skip
     return LogitsLoss(SequenceLoss(*results), margins, row_coefficients, logps, lse)
 
 
-def _transform(head: Head) -> tuple[float, float, float]:
+def _transform(logit_map: Head | LogitMap) -> tuple[float, float, float]:
     """scale, softcap (0: none) and temperature as the ops take them."""
-    return head.scale, head.softcap or 0.0, head.temperature
+    return logit_map.scale, logit_map.softcap or 0.0, logit_map.temperature
 
 
 def _interleaved(pairs: str) -> bool:

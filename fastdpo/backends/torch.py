@@ -1,7 +1,7 @@
 """The primitives in chunked PyTorch: any device, deterministic, and the oracle of the other
 backends.
 
-It reads like the equations of `fastdpo.backends` and `fastdpo.head`, one vocabulary tile at a time,
+It reads like the equations of `fastdpo.backends.contract`, one vocabulary tile at a time,
 so that nothing of size [N, V] is ever written but what the caller asked for.
 """
 
@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.backends import (
+from fastdpo.backends.contract import (
     COLLISION_SHIFT,
     RAISE_ABOVE,
     ExpSums,
+    Head,
+    LogitMap,
     SequenceLoss,
+    accumulate_dtype,
 )
-from fastdpo.head import Head
 
 __all__ = [
     "exp_logits",
@@ -32,10 +34,6 @@ __all__ = [
 _TILE_ELEMENTS = {"cpu": 1 << 21}
 _TILE_ELEMENTS_ELSEWHERE = 1 << 25
 _MIN_TILE_COLUMNS = 512
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
     return _transform(z, head)
 
 
-def _transform(u: Tensor, head: Head) -> Tensor:
+def _transform(u: Tensor, head: Head | LogitMap) -> Tensor:
     """softcap(scale · u) / temperature, in place."""
     if head.softcap is None:
         return u if head.gain == 1.0 else u.mul_(head.gain)
@@ -165,13 +163,13 @@ def _exp_sums(
 def logits_logps(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    head: Head,
+    logit_map: LogitMap,
 ) -> tuple[Tensor, Tensor]:  # [N], [N, 2]
     dtype = accumulate_dtype(logits.dtype)
     logps = logits.new_zeros(logits.shape[0], dtype=dtype)
     lse = logits.new_zeros(logits.shape[0], 2, dtype=dtype)
     for rows in _row_blocks(labels >= 0, logits):
-        z = _transform(logits[rows].to(dtype), head)
+        z = _transform(logits[rows].to(dtype), logit_map)
         own = z.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
         top = z.amax(1)
         top = torch.where(top.isinf(), 0.0, top)  # ∞ − ∞ is taken nowhere
@@ -186,19 +184,19 @@ def logits_logps_backward(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     lse: Tensor,  # [N, 2]
-    head: Head,
+    logit_map: LogitMap,
     out: Tensor,  # [N, V]
 ) -> None:
     dtype = accumulate_dtype(logits.dtype)
     carries = labels >= 0
     for rows in _row_blocks(carries, logits):
-        z = _transform(logits[rows].to(dtype), head)
-        derivative = head.softcap_derivative(z)
+        z = _transform(logits[rows].to(dtype), logit_map)
+        derivative = logit_map.softcap_derivative(z)
         top, log_sum = lse[rows].unsqueeze(2).unbind(1)
         grad = z.sub_(top).sub_(log_sum).exp_().neg_()
         one = torch.ones_like(rows, dtype=dtype).unsqueeze(1)
         grad.scatter_add_(1, labels[rows].unsqueeze(1), one)
-        grad *= (grad_logps[rows] * head.gain).unsqueeze(1)
+        grad *= (grad_logps[rows] * logit_map.gain).unsqueeze(1)
         if derivative is not None:
             grad *= derivative
         out[rows] = grad.to(out.dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 from fastdpo.objectives import ResolvedObjective
 from fastdpo.parallel import SequenceParallel, VocabParallel, vocabulary
 
@@ -20,7 +20,7 @@ class Call:
     """How hidden states become token log-probabilities."""
 
     stats: tuple[str, ...] = ()  # among STATS
-    workspace_bytes: int | None = None  # None: the default of `fastdpo.workspace`
+    workspace_bytes: int | None = None  # None: the default of `fastdpo.backends.workspace`
     backend: str | None = None  # None: the environment variable, else automatic
     compute_dtype: torch.dtype | None = None  # hidden and head are cast to it; None: as they are
     vocab_parallel: VocabParallel | None = None

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdpo.backends import select
+from fastdpo.backends.contract import Head, LogitMap
 from fastdpo.core.autograd import is_traced
 from fastdpo.core.call import STATS
-from fastdpo.head import Head
 from fastdpo.objectives import PAIRS, ResolvedObjective
 from fastdpo.parallel import SequenceParallel, VocabParallel
 
@@ -107,14 +107,8 @@ def lm_head(
         _same_device(name, hidden, f"{prefix}bias", bias)
         if compute is None and bias.dtype != hidden.dtype:
             fail(f"{prefix}bias", f"of {name}'s dtype {hidden.dtype}", bias.dtype)
-    _transform(logit_scale, softcap, temperature)
-    return Head(
-        weight,
-        bias,
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        float(temperature),
-    )
+    curve = logit_map(logit_scale, softcap, temperature)
+    return Head(weight, bias, curve.scale, curve.softcap, curve.temperature)
 
 
 def materialized(
@@ -123,7 +117,7 @@ def materialized(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
-) -> Head:
+) -> LogitMap:
     """What is still to be done to logits [2B, T, V], or [N, V] with cu_seqlens."""
     floating("logits", logits)
     if cu_seqlens is None:
@@ -134,21 +128,16 @@ def materialized(
         if logits.dim() != 2 or logits.shape[-1] == 0:
             fail("logits", "of shape [N, V] with V > 0, with cu_seqlens", shape(logits))
         boundaries(cu_seqlens, logits.shape[0], logits, of="logits")
-    _transform(logit_scale, softcap, temperature)
-    return Head(
-        logits.new_empty(0),
-        None,
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        float(temperature),
-    )
+    return logit_map(logit_scale, softcap, temperature)
 
 
-def _transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
+def logit_map(logit_scale: float, softcap: float | None, temperature: float) -> LogitMap:
     is_number("logit_scale", logit_scale)
     is_number("temperature", temperature, positive=True)
     if softcap is not None:
         is_number("softcap", softcap, positive=True)
+    cap = None if softcap is None else float(softcap)
+    return LogitMap(float(logit_scale), cap, float(temperature))
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype | None:

@@ -10,9 +10,10 @@ For a row with label y, label logit a = z_y, anchor α, δ = α − a and S = Σ
     (5)  ∂loss/∂weight   = −gain · Eᵀ · diag(g r) · hidden
     (6)  ∂loss/∂bias     = −gain · Eᵀ · (g r)
 
-where d is the softcap's derivative and gain = scale / temperature (`fastdpo.head`). The row scale
-of (4) commutes with the product, so with a frozen head the forward already forms U = −gain ·
-diag(r) · E · weight, block by block of rows, and the backward is g · U: two products in all. With a
+where d is the softcap's derivative and gain = scale / temperature (`backends.contract.LogitMap`).
+The row scale of (4) commutes with the product, so with a frozen head the forward already forms
+U = −gain · diag(r) · E · weight, block by block of rows, and the backward is g · U: two products in
+all. With a
 trainable head (5) needs g before its product: E is kept for as many columns of the vocabulary as
 `workspace_bytes` holds (three products), and the other columns are computed again in the backward
 (four). Columns and not rows are kept because each column of the weight's gradient is then one
@@ -40,12 +41,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.backends import COLLISION_SHIFT, ExpSums, select
-from fastdpo.backends.torch import accumulate_dtype
-from fastdpo.core.call import Call
-from fastdpo.core.rows import Rows
-from fastdpo.head import Head
-from fastdpo.workspace import (
+from fastdpo.backends import select
+from fastdpo.backends.contract import COLLISION_SHIFT, ExpSums, Head, accumulate_dtype
+from fastdpo.backends.workspace import (
     cleared,
     columns_kept,
     padded_empty,
@@ -55,6 +53,8 @@ from fastdpo.workspace import (
     row_block,
     sum_rows,
 )
+from fastdpo.core.call import Call
+from fastdpo.core.rows import Rows
 
 # Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40):
 # the latter are far, and log(1 + e^δ S) is taken in the log domain.

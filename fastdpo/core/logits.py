@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from fastdpo.backends import select
-from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.backends.contract import LogitMap, accumulate_dtype
 from fastdpo.core import checks
 from fastdpo.core.autograd import differentiable_once, graph_is_kept, is_traced
-from fastdpo.head import Head
 
 
 def checked_labels(
@@ -39,13 +38,13 @@ def checked_labels(
 def token_logps(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...], negative where a row carries no loss
-    head: Head,  # its scale, softcap and temperature
+    logit_map: LogitMap,
     backend: str | None = None,
     *,
     inplace: bool = False,
 ) -> Tensor:  # [...]
     """Label log-probabilities in the accumulate dtype, exactly 0 where a row carries no loss."""
-    return _LogitsLogps.apply(logits, labels, head, backend, inplace)
+    return _LogitsLogps.apply(logits, labels, logit_map, backend, inplace)
 
 
 def fused_loss(logits: Tensor, backend: str | None) -> ModuleType | None:
@@ -61,7 +60,7 @@ def fused_loss(logits: Tensor, backend: str | None) -> ModuleType | None:
 def sigmoid_loss(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...], negative where a row carries no loss
-    head: Head,
+    logit_map: LogitMap,
     offsets: Tensor,  # [2B + 1] over the M rows
     ref_logps: Tensor,  # [2B]
     *,
@@ -77,17 +76,17 @@ def sigmoid_loss(
     """
     options = (beta, label_smoothing, average, pairs)
     return _LogitsLoss.apply(
-        logits, labels, head, offsets, ref_logps.detach(), options, module, inplace
+        logits, labels, logit_map, offsets, ref_logps.detach(), options, module, inplace
     )
 
 
 class _LogitsLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, logits: Tensor, labels: Tensor, head: Head, backend: str | None, inplace: bool
+        ctx, logits: Tensor, labels: Tensor, logit_map: LogitMap, backend: str | None, inplace: bool
     ) -> Tensor:
         forward = torch.ops.fastdpo.logits_logps if is_traced(logits) else _forward
-        options = (head.scale, head.softcap, head.temperature, backend)
+        options = (logit_map.scale, logit_map.softcap, logit_map.temperature, backend)
         logps, lse = forward(logits, labels, *options)
         ctx.save_for_backward(logits, labels, lse)
         ctx.options, ctx.inplace = options, inplace
@@ -109,14 +108,22 @@ class _LogitsLogps(torch.autograd.Function):
 class _LogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, logits, labels, head: Head, offsets, ref_logps, options, module: ModuleType, inplace
+        ctx,
+        logits: Tensor,
+        labels: Tensor,
+        logit_map: LogitMap,
+        offsets: Tensor,
+        ref_logps: Tensor,
+        options: tuple[float, float, bool, str],
+        module: ModuleType,
+        inplace: bool,
     ):
         ctx.set_materialize_grads(False)
         found = module.logits_sequence_loss(
-            _rows(logits), labels.flatten(), head, offsets, ref_logps, *options
+            _rows(logits), labels.flatten(), logit_map, offsets, ref_logps, *options
         )
         ctx.save_for_backward(logits, labels, found.lse, found.row_coefficients, offsets)
-        ctx.head, ctx.module, ctx.inplace, ctx.average = head, module, inplace, options[2]
+        ctx.logit_map, ctx.module, ctx.inplace, ctx.average = logit_map, module, inplace, options[2]
         ctx.mark_non_differentiable(found.loss.rewards)
         return found.loss.loss, found.loss.logps, found.loss.rewards
 
@@ -132,7 +139,7 @@ class _LogitsLoss(torch.autograd.Function):
             per_row = _per_row(grad_logps, labels.flatten(), offsets, ctx.average)
             grad, scale = grad + per_row, None
         inplace = ctx.inplace and not graph_is_kept()
-        grad = _gradient(ctx.module, grad, logits, labels, lse, ctx.head, inplace, scale)
+        grad = _gradient(ctx.module, grad, logits, labels, lse, ctx.logit_map, inplace, scale)
         return grad, *(None,) * 7
 
 
@@ -156,7 +163,7 @@ def _gradient(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...]
     lse: Tensor,  # [M, 2]
-    head: Head,
+    logit_map: LogitMap,
     inplace: bool,
     scale: Tensor | None = None,  # [], where the module multiplies by one
 ) -> Tensor:  # [..., V]
@@ -165,7 +172,7 @@ def _gradient(
     # `rows` itself and no second view of it: a backend tells by that.
     out = rows if inplace or copied else rows.new_empty(rows.shape)
     options = {} if scale is None else {"grad_scale": scale}
-    module.logits_logps_backward(grad, rows, labels.flatten(), lse, head, out, **options)
+    module.logits_logps_backward(grad, rows, labels.flatten(), lse, logit_map, out, **options)
     return out.view(logits.shape)
 
 
@@ -186,8 +193,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """(logps [...], lse [M, 2])."""
     module = select.primitive("logits_logps", logits, backend)
-    head = Head(logits.new_empty(0), None, scale, softcap, temperature)
-    logps, lse = module.logits_logps(_rows(logits), labels.flatten(), head)
+    logit_map = LogitMap(scale, softcap, temperature)
+    logps, lse = module.logits_logps(_rows(logits), labels.flatten(), logit_map)
     return logps.view(labels.shape), lse
 
 
@@ -204,9 +211,9 @@ def _backward(
     inplace: bool = False,
 ) -> Tensor:  # [..., V]
     module = select.primitive("logits_logps_backward", logits, backend)
-    head = Head(logits.new_empty(0), None, scale, softcap, temperature)
+    logit_map = LogitMap(scale, softcap, temperature)
     grad = grad_logps.to(lse.dtype).flatten()
-    return _gradient(module, grad, logits, labels, lse, head, inplace)
+    return _gradient(module, grad, logits, labels, lse, logit_map, inplace)
 
 
 def _checked_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:

@@ -16,15 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo import workspace
-from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.backends import workspace
+from fastdpo.backends.contract import Head, accumulate_dtype
 from fastdpo.core import linear
 from fastdpo.core.autograd import differentiable_once, graph_is_kept
 from fastdpo.core.call import Call
 from fastdpo.core.linear import ForwardPass, Kept, Needs, RowState
 from fastdpo.core.results import LinearLogps
 from fastdpo.core.rows import Rows, selected
-from fastdpo.head import Head
 
 
 def token_logps(

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from fastdpo import objectives
-from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.backends.contract import Head, LogitMap, accumulate_dtype
 from fastdpo.core import checks, logits, operator, rows, sequences
 from fastdpo.core.call import Call, LossCall
 from fastdpo.core.results import LinearLogps
 from fastdpo.core.rows import Rows
 from fastdpo.core.sequences import Segments
-from fastdpo.head import Head
 from fastdpo.objectives import LinearDPOOutput
 from fastdpo.objectives.layouts import by_rank
 
@@ -104,7 +103,7 @@ def linear_loss(
 def logits_loss(
     z: Tensor,  # [..., V] logits
     labels: Tensor,  # [...], negative where a row carries no loss
-    head: Head,  # its scale, softcap and temperature
+    logit_map: LogitMap,
     reference: Reference,
     loss: LossCall,
     backend: str | None,
@@ -117,7 +116,7 @@ def logits_loss(
         ref_tokens = reference.logps.detach().flatten().to(accumulate_dtype(z.dtype))
     module = logits.fused_loss(z, backend) if loss.objective.fused_sigmoid else None
     if module is None:
-        logps = logits.token_logps(z, labels, head, backend, inplace=inplace)
+        logps = logits.token_logps(z, labels, logit_map, backend, inplace=inplace)
         tokens = LinearLogps(logps.flatten())
         return _sequence_loss(tokens, ref_tokens, reference.logps, segments, loss, backend)
     ref_logps = reference.logps
@@ -129,7 +128,7 @@ def logits_loss(
     total, sums, rewards = logits.sigmoid_loss(
         z,
         labels,
-        head,
+        logit_map,
         sequences.offsets_of(segments.rows),
         ref_logps,
         beta=loss.objective.beta,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 from fastdpo.integrations import probe
 from fastdpo.integrations.batches import IGNORE_INDEX
 from fastdpo.integrations.families import head_rule

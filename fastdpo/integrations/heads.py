@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 from fastdpo.integrations.families import head_rule
 from fastdpo.integrations.tensor_parallel import local_rows, spread_of
 from fastdpo.integrations.unwrap import UnsupportedModel, causal_lm, output_head, uncompiled

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fastdpo import objectives
-from fastdpo.backends.torch import accumulate_dtype
+from fastdpo.backends.contract import Head, accumulate_dtype
 from fastdpo.core import checks, rows, sequences, step
 from fastdpo.core.call import Call, LossCall
-from fastdpo.head import Head
 
 __all__ = ["FusedLinearDPOLoss"]
 

@@ -14,7 +14,7 @@ from oracle import assert_as_accurate
 from torch import Tensor
 
 from fastdpo.backends import torch as reference
-from fastdpo.head import Head
+from fastdpo.backends.contract import Head
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRANSFORMS = (

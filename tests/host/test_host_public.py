@@ -84,7 +84,7 @@ def test_autograd_knows_what_was_written_over():
     saved = logits * scale
     module = select.primitive("logits_logps_backward", logits)
     assert module.__name__ == "fastdpo.backends.cuda"
-    from fastdpo.head import Head
+    from fastdpo.backends.contract import Head
 
     _, lse = module.logits_logps(logits, labels, Head(logits))
     module.logits_logps_backward(torch.ones(3), logits, labels, lse, Head(logits), logits)

@@ -22,12 +22,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdpo.backends import ExpSums, SequenceLoss
+from fastdpo.backends.contract import ExpSums, Head, LogitMap, SequenceLoss
 from fastdpo.backends.triton import ops
 from fastdpo.backends.triton.configs import CONFIGS, supported_arch
 from fastdpo.backends.triton.exp_logits import STATS
 from fastdpo.backends.triton.launch import interpreted, target_of
-from fastdpo.head import Head
 
 __all__ = [
     "PRIMITIVES",
@@ -109,9 +108,10 @@ def exp_logits(
 def logits_logps(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    head: Head,
+    logit_map: LogitMap,
 ) -> tuple[Tensor, Tensor]:  # [N], [N, 2] fp32
-    return ops.logits_logps(logits, labels, head.scale, head.softcap, head.temperature)
+    curve = (logit_map.scale, logit_map.softcap, logit_map.temperature)
+    return ops.logits_logps(logits, labels, *curve)
 
 
 def logits_logps_backward(
@@ -119,10 +119,10 @@ def logits_logps_backward(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     lse: Tensor,  # [N, 2] fp32
-    head: Head,
+    logit_map: LogitMap,
     out: Tensor,  # [N, V]
 ) -> None:
-    curve = (head.scale, head.softcap, head.temperature)
+    curve = (logit_map.scale, logit_map.softcap, logit_map.temperature)
     if out is logits:
         ops.logits_logps_backward_(grad_logps, logits, labels, lse, *curve)
     else:

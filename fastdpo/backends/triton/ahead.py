@@ -28,11 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
+from fastdpo.backends.contract import Head
 from fastdpo.backends.triton import row_launches
 from fastdpo.backends.triton.configs import CONFIGS
 from fastdpo.backends.triton.exp_logits import STATS, plan, tile_for
 from fastdpo.backends.triton.launch import Launch, Target, interpreted
-from fastdpo.head import Head
 
 ARCHITECTURES = tuple(arch for arch in CONFIGS if arch != "interpreter")
 # Shared memory of one block at most, in bytes: NVIDIA's opt-in limit, AMD's LDS.

@@ -20,7 +20,7 @@ import math
 import triton
 import triton.language as tl
 
-from fastdpo.backends import COLLISION_SHIFT
+from fastdpo.backends.contract import COLLISION_SHIFT
 from fastdpo.backends.triton.language import exponential, head_curve
 
 _NO_LOGIT = tl.constexpr(float("-inf"))

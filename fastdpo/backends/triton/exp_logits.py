@@ -30,6 +30,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastdpo.backends.contract import Head
 from fastdpo.backends.triton.configs import (
     FEW_ROWS,
     Tile,
@@ -43,7 +44,6 @@ from fastdpo.backends.triton.exp_logits_raised import exp_logits_raised
 from fastdpo.backends.triton.exp_logits_tma import exp_logits_tma
 from fastdpo.backends.triton.launch import Launch, Target
 from fastdpo.backends.triton.reduce_sums import reduce_sums
-from fastdpo.head import Head
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _REDUCE = {"BLOCK_N": 32, "BLOCK_T": 32}

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdpo.backends.contract import Head, LogitMap
 from fastdpo.backends.triton import exp_logits as _exp_logits
 from fastdpo.backends.triton import row_launches
 from fastdpo.backends.triton.autotune import tile_of
 from fastdpo.backends.triton.launch import run, target_of
-from fastdpo.head import Head
 
 
 @torch.library.custom_op("fastdpo_triton::target_logits", mutates_args=())
@@ -128,8 +128,8 @@ def logits_logps(
     logps = logits.new_empty(logits.shape[0], dtype=torch.float32)
     lse = logits.new_empty(logits.shape[0], 2, dtype=torch.float32)
     if logps.numel():
-        head = Head(logits, None, scale, softcap, temperature)  # the weight is not read
-        launch = row_launches.logits_logps(logits, labels.contiguous(), head, logps, lse)
+        logit_map = LogitMap(scale, softcap, temperature)
+        launch = row_launches.logits_logps(logits, labels.contiguous(), logit_map, logps, lse)
         run([launch], logits.device)
     return logps, lse
 
@@ -192,10 +192,11 @@ def _backward(
 ) -> None:
     if not out.numel():
         return
-    head = Head(logits, None, scale, softcap, temperature)
+    logit_map = LogitMap(scale, softcap, temperature)
     grad = grad_logps.to(torch.float32).contiguous()  # N numbers, perhaps expanded from one
     labels, lse = labels.contiguous(), lse.contiguous()
-    run([row_launches.logits_logps_backward(grad, logits, labels, lse, head, out)], out.device)
+    launch = row_launches.logits_logps_backward(grad, logits, labels, lse, logit_map, out)
+    run([launch], out.device)
 
 
 def _dense(values: Tensor | None) -> Tensor | None:  # [K]
