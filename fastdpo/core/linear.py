@@ -13,12 +13,11 @@ For a row with label y, label logit a = z_y, anchor α, δ = α − a and S = Σ
 where d is the softcap's derivative and gain = scale / temperature (`backends.contract.LogitMap`).
 The row scale of (4) commutes with the product, so with a frozen head the forward already forms
 U = −gain · diag(r) · E · weight, block by block of rows, and the backward is g · U: two products in
-all. With a
-trainable head (5) needs g before its product: E is kept for as many columns of the vocabulary as
-`workspace_bytes` holds (three products), and the other columns are computed again in the backward
-(four). Columns and not rows are kept because each column of the weight's gradient is then one
-complete product: nothing of the weight's size is ever summed in 16 bits, and no fp32 copy of it is
-    needed.
+all. With a trainable head (5) needs g before its product: E is kept for as many columns of the
+vocabulary as `workspace_bytes` holds (three products), and the other columns are computed again in
+the backward (four). Columns and not rows are kept because each column of the weight's gradient is
+then one complete product: nothing of the weight's size is ever summed in 16 bits, and no fp32 copy
+of it is needed.
 
 16-bit E is kept as bf16 for bf16 inputs. fp16 has too little range for an anchor that is fixed
 before the sum is known, so with fp16 inputs E is always computed again in the backward, from the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from fastdpo.backends.contract import Head
+from fastdpo.backends.contract import Head, LogitMap
 from fastdpo.backends.triton.exp_logits import curve
 from fastdpo.backends.triton.launch import Launch
 from fastdpo.backends.triton.logits_logps import logits_logps_kernel
@@ -39,11 +39,11 @@ def target_logits(
 def logits_logps(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
-    head: Head,
+    logit_map: LogitMap,
     logps: Tensor,  # [N] fp32, written
     lse: Tensor,  # [N, 2] fp32, written
 ) -> Launch:
-    inner, outer = curve(head)
+    inner, outer = curve(logit_map)
     arguments = {
         "logits_ptr": logits, "labels_ptr": labels, "logps_ptr": logps, "lse_ptr": lse,
         "row_stride": logits.stride(0), "column_stride": logits.stride(1), "V": logits.shape[1],
@@ -57,17 +57,17 @@ def logits_logps_backward(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     lse: Tensor,  # [N, 2] fp32
-    head: Head,
+    logit_map: LogitMap,
     out: Tensor,  # [N, V], written
 ) -> Launch:
-    inner, outer = curve(head)
+    inner, outer = curve(logit_map)
     block = _block(logits.shape[1], _BACKWARD_BLOCK)
     arguments = {
         "grad_ptr": grad_logps, "logits_ptr": logits, "labels_ptr": labels, "lse_ptr": lse,
         "out_ptr": out,
         "row_stride": logits.stride(0), "column_stride": logits.stride(1),
         "out_row_stride": out.stride(0), "out_column_stride": out.stride(1), "V": logits.shape[1],
-        "inner": inner, "outer": outer, "gain": head.gain, "BLOCK_V": block,
+        "inner": inner, "outer": outer, "gain": logit_map.gain, "BLOCK_V": block,
     }  # fmt: skip
     grid = (logits.shape[0] * triton.cdiv(logits.shape[1], block),)
     return Launch(logits_logps_backward_kernel, grid, arguments)
