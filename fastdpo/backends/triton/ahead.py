@@ -145,8 +145,10 @@ def row_kernel_launches(dtype: torch.dtype, softcap: bool) -> list[Launch]:
     pairs, offsets = _meta(64), _meta(65, dtype=torch.int64)
     return [
         row_launches.target_logits(hidden, head, labels, numbers),
-        row_launches.logits_logps(logits, labels, head, numbers, numbers),
-        row_launches.logits_logps_backward(numbers, logits, labels, numbers, head, logits),
+        row_launches.logits_logps(logits, labels, head.logit_map, numbers, numbers),
+        row_launches.logits_logps_backward(
+            numbers, logits, labels, numbers, head.logit_map, logits
+        ),
         row_launches.sequence_loss(
             numbers, offsets, pairs, 0.1, 0.0, False, False, _meta(1), pairs, pairs, pairs
         ),

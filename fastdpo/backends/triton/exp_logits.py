@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdpo.backends.contract import Head
+from fastdpo.backends.contract import Head, LogitMap
 from fastdpo.backends.triton.configs import (
     FEW_ROWS,
     Tile,
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     sums: Tensor  # [P, N] Σ e, then the statistics asked for in the order of STATS
 
 
-def curve(head: Head) -> tuple[float, float | None]:
+def curve(head: Head | LogitMap) -> tuple[float, float | None]:
     """(inner, outer) of `language.head_curve`."""
     if head.softcap is None:
         return head.gain, None
