@@ -17,11 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# No exponential of more than this is taken: e^80 = 5.5e34 leaves fp32 (up to 3.4e38) room for sums.
-# Beyond it a score is constant and its gradient 0.
-MAX_EXPONENT: Final = 80.0
-# As close to 1 as α has to be for the α-divergence to be its limit, the reverse KL.
-_ALPHA_LIMIT: Final = 1e-6
+from fastdpo.objectives.precision import expm1
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class FDivergence:
 
     @property
     def is_reverse_kl(self) -> bool:
-        limit = self.name == "alpha_divergence" and abs(self.alpha - 1.0) < _ALPHA_LIMIT
+        limit = self.name == "alpha_divergence" and self.alpha == 1.0
         return self.name == "reverse_kl" or limit
 
 
@@ -47,20 +43,22 @@ def _reverse_kl(ratios: Tensor, alpha: float) -> Tensor:
 
 def _forward_kl(ratios: Tensor, alpha: float) -> Tensor:
     """f'(t) = 1 − 1/t."""
-    return -torch.expm1((-ratios).clamp(max=MAX_EXPONENT))
+    return -expm1(-ratios)
 
 
 def _js_divergence(ratios: Tensor, alpha: float) -> Tensor:
     """f'(t) = log(2t / (1 + t))."""
-    return math.log(2.0) + F.logsigmoid(ratios)
+    # The sum cancels near h = 0, the logarithm of one term overflows far from it.
+    near = -torch.log1p(0.5 * torch.expm1(-ratios.clamp(-1.0, 1.0)))
+    return torch.where(ratios.abs() <= 1.0, near, math.log(2.0) + F.logsigmoid(ratios))
 
 
 def _alpha_divergence(ratios: Tensor, alpha: float) -> Tensor:
     """f'(t) = (t^(α − 1) − 1) / (α − 1), log t in the limit α → 1."""
     power = alpha - 1.0
-    if abs(power) < _ALPHA_LIMIT:
+    if power == 0.0:
         return ratios
-    return torch.expm1((power * ratios).clamp(max=MAX_EXPONENT)) / power
+    return expm1(power * ratios) / power
 
 
 _SCORES: Final[dict[str, Callable[[Tensor, float], Tensor]]] = {

@@ -82,6 +82,7 @@ class Pairs:
     nll: Tensor | None  # []
     beta: float
     label_smoothing: float
+    dtype: torch.dtype  # that the log-probabilities came in; here they are fp64
 
     @classmethod
     def of(
@@ -171,6 +172,7 @@ def as_pairs(
     beta: float,
     label_smoothing: float,
     divergence: FDivergence | None,
+    dtype: torch.dtype,
 ) -> Pairs:
     logps = sequences.logps
     ref_logps = (
@@ -197,6 +199,7 @@ def as_pairs(
         nll=sequences.nll,
         beta=beta,
         label_smoothing=label_smoothing,
+        dtype=dtype,
     )
 
 

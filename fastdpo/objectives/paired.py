@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.objectives.divergences import MAX_EXPONENT
 from fastdpo.objectives.layouts import Pairs
+from fastdpo.objectives.precision import exp, logistic
 from fastdpo.objectives.registry import (
     FINITE,
     NON_NEGATIVE,
@@ -40,13 +40,6 @@ def smoothed_logistic(
         return -F.logsigmoid(logits)
     kept = (1.0 - label_smoothing) * F.logsigmoid(logits)
     return -kept - label_smoothing * F.logsigmoid(-logits)
-
-
-def _square(x: Tensor) -> Tensor:
-    """x², finite for every finite x: f-divergence scores reach e^80, whose square fp32 cannot
-    hold."""
-    limit = math.sqrt(torch.finfo(x.dtype).max) / 16
-    return x.clamp(-limit, limit).square()
 
 
 @objective(
@@ -92,7 +85,7 @@ def hinge(p: Pairs) -> Tensor:
 def ipo(p: Pairs, *, length_normalized: bool) -> Tensor:
     """(s_w − s_l − 1/(2β))²: equation 17 of Azar et al. 2023, where β is called τ. TRL uses
     averages per token in place of sums (`length_normalized=True`)."""
-    return _square((p.average_margin if length_normalized else p.margin) - 0.5 / p.beta)
+    return ((p.average_margin if length_normalized else p.margin) - 0.5 / p.beta).square()
 
 
 @objective(
@@ -106,9 +99,10 @@ def ipo(p: Pairs, *, length_normalized: bool) -> Tensor:
 def exo_pair(p: Pairs) -> Tensor:
     """KL(q ‖ (1 − ε, ε)), the reverse KL to the smoothed label: equation 16 of Ji et al. 2024 with
     K = 2. The paper recommends ε = 1e-3; ε = 0 is infinite."""
-    z = p.beta * p.margin
-    chosen = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-p.label_smoothing))
-    rejected = torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(p.label_smoothing))
+    # q is 0 or 1 beyond, where an infinite z would make 0 · ∞ of q · log q.
+    z = (p.beta * p.margin).clamp(-1000.0, 1000.0)
+    chosen = logistic(z) * (F.logsigmoid(z) - math.log1p(-p.label_smoothing))
+    rejected = logistic(-z) * (F.logsigmoid(-z) - math.log(p.label_smoothing))
     return chosen + rejected
 
 
@@ -136,6 +130,8 @@ def robust(p: Pairs) -> Tensor:
     """The unbiased estimate of the DPO loss where labels are flipped with probability ε: Chowdhury
     et al. 2024. It may be negative."""
     z, epsilon = p.beta * p.margin, p.label_smoothing
+    if epsilon == 0.0:  # times log σ(−∞)
+        return -F.logsigmoid(z)
     clean = (1.0 - epsilon) * F.logsigmoid(z)
     return (epsilon * F.logsigmoid(-z) - clean) / (1.0 - 2.0 * epsilon)
 
@@ -208,7 +204,7 @@ def aot_unpaired(p: Pairs) -> Tensor:
 def apo_zero(p: Pairs) -> Tensor:
     """σ(−β·h_w) + σ(β·h_l): anchored preference optimization for data better than the model, which
     raises the chosen answer and lowers the rejected one. D'Oosterlinck et al. 2024, equation 7."""
-    return torch.sigmoid(-p.beta * p.chosen_ratios) + torch.sigmoid(p.beta * p.rejected_ratios)
+    return logistic(-p.beta * p.chosen_ratios) + logistic(p.beta * p.rejected_ratios)
 
 
 @objective(
@@ -220,7 +216,7 @@ def apo_down(p: Pairs) -> Tensor:
     """σ(β·h_w) + σ(−β·(h_w − h_l)): for data worse than the model, which lowers both answers, the
     rejected one more. D'Oosterlinck et al. 2024, equation 8."""
     difference = p.beta * (p.chosen_ratios - p.rejected_ratios)
-    return torch.sigmoid(p.beta * p.chosen_ratios) + torch.sigmoid(-difference)
+    return logistic(p.beta * p.chosen_ratios) + logistic(-difference)
 
 
 @objective(
@@ -235,11 +231,17 @@ def discopop(p: Pairs, *, discopop_tau: float) -> Tensor:
     """σ(−z/τ) · (−log σ(z)) + σ(z/τ) · exp(−z): logistic where the margin is negative, exponential
     where it is positive. Lu et al. 2024, equation 5."""
     z = p.beta * p.margin
-    logistic = -F.logsigmoid(z) * torch.sigmoid(-z / discopop_tau)
+    # The first term is −z where σ(−z/τ) is 1; as a product its gradient would be ∞ · 0 at −∞.
+    least = -1000.0 * max(1.0, discopop_tau)
+    near = z.clamp(min=least)
+    near = -F.logsigmoid(near) * logistic(-near / discopop_tau)
+    softplus = torch.where(z < least, -z, near)
     # One exponential of the sum of logarithms: σ(z/τ) · exp(−z) itself is 0 · ∞ for very negative
-    # z.
-    exponent = F.logsigmoid(z / discopop_tau) - z
-    return logistic + torch.exp(exponent.clamp(max=MAX_EXPONENT))
+    # z, where log σ(z/τ) = z/τ + log σ(−z/τ).
+    tilt = 1.0 / discopop_tau - 1.0
+    below = F.logsigmoid(-z / discopop_tau) + (tilt * z if tilt else 0.0)
+    exponent = torch.where(z < 0.0, below, F.logsigmoid(z / discopop_tau) - z)
+    return softplus + exp(exponent)
 
 
 @objective(
@@ -308,8 +310,10 @@ def odpo(p: Pairs, *, offset: float | Tensor, offset_alpha: float) -> Tensor:
 def dpop(p: Pairs, *, dpop_lambda: float) -> Tensor:
     """−log σ(β·(h_w − h_l − λ·max(0, −h_w))): DPO-positive, which penalizes a chosen answer that
     becomes less likely than under the reference. Pal et al. 2024."""
-    penalty = dpop_lambda * torch.relu(-p.chosen_ratios)
-    return -F.logsigmoid(p.beta * (p.chosen_ratios - p.rejected_ratios - penalty))
+    margin = p.chosen_ratios - p.rejected_ratios
+    if dpop_lambda:
+        margin = margin - dpop_lambda * torch.relu(-p.chosen_ratios)
+    return -F.logsigmoid(p.beta * margin)
 
 
 @objective(
@@ -328,4 +332,5 @@ def dpop(p: Pairs, *, dpop_lambda: float) -> Tensor:
 def cal_dpo(p: Pairs, *, calibration_weight: float) -> Tensor:
     """−log σ(h_w − h_l) + c·((h_w − 1/(2β))² + (h_l + 1/(2β))²): calibrated DPO, which also fixes
     the scale of the rewards. There is no β in the first term. Xiao et al. 2024."""
-    return -F.logsigmoid(p.chosen_ratios - p.rejected_ratios) + calibration_weight * sppo_hard(p)
+    preference = -F.logsigmoid(p.chosen_ratios - p.rejected_ratios)
+    return preference + calibration_weight * sppo_hard(p) if calibration_weight else preference

@@ -36,8 +36,12 @@ def plackett_luce(r: Ranked, *, num_candidates: int) -> Tensor:
     of Rafailov et al. 2023. With K = 2 it is the sigmoid loss, to the bit."""
     loss = torch.zeros_like(r.ratios[0])
     for k in range(num_candidates - 1):
-        # The ratio of rank k to the sum of those behind it, as a sigmoid of a log-sum of
-        # differences.
-        behind = torch.logsumexp(r.beta * (r.ratios[k + 1 :] - r.ratios[k]), dim=0)
-        loss = loss - F.logsigmoid(-behind)
+        # Rank k against the sum of those behind it, of which impossible ones (−∞) have no part:
+        # logsumexp has no gradient where all are.
+        if k + 2 == num_candidates:
+            z = r.beta * (r.ratios[k] - r.ratios[k + 1])
+        else:
+            behind = r.beta * r.ratios[k + 1 :].clamp(min=-1e200)
+            z = r.beta * r.ratios[k] - torch.logsumexp(behind, dim=0)
+        loss = loss - F.logsigmoid(z)
     return loss

@@ -6,6 +6,8 @@ In the formulae a = log π / n is the log-probability per token.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,13 +74,25 @@ def cpo(p: Pairs, *, cpo_alpha: float) -> Tensor:
     return smoothed_logistic(p.beta * (p.chosen_logps - p.rejected_logps), p.label_smoothing)
 
 
-def _log_odds(averages: Tensor) -> Tensor:  # [B], at most 0
-    """log(p / (1 − p)) for p = e^a. A probability of 1 counts as 1 less one rounding, where the
-    gradient is 0."""
-    a = averages.clamp(max=-torch.finfo(averages.dtype).eps)
-    # log(1 − e^a): each form is accurate on its side of a = −log 2, and both are finite everywhere.
-    near, far = torch.log(-torch.expm1(a)), torch.log1p(-torch.exp(a))
-    return a - torch.where(a > -0.6931471805599453, near, far)
+def _log_odds(
+    logps: Tensor,  # [B] at most 0
+    lengths: Tensor,  # [B]
+    dtype: torch.dtype,  # that the log-probabilities came in
+) -> Tensor:  # [B]
+    """log(p / (1 − p)) for p = e^a, a = logps / lengths.
+
+    Only a = 0 is singular. A log-probability of 0 stands for what `dtype` cannot tell from it, and
+    counts as the largest number below (log-odds of 103 for a token in fp32, 708 in fp64); its
+    gradient is 0.
+    """
+    kind, wide = torch.finfo(dtype), torch.finfo(logps.dtype)
+    a = logps.clamp(max=-kind.smallest_normal * kind.eps) / lengths
+    a = a.clamp(max=-wide.smallest_normal)
+    # log(1 − e^a): each form is accurate on its side of a = −log 2, and is asked only there.
+    split = -math.log(2.0)
+    near = torch.log(-torch.expm1(a.clamp(min=split)))
+    far = torch.log1p(-torch.exp(a.clamp(max=split)))
+    return a - torch.where(a > split, near, far)
 
 
 @objective(
@@ -93,4 +107,6 @@ def orpo(p: Pairs) -> Tensor:
     """−β·log σ(log odds_w − log odds_l) on probabilities per token, beside the NLL of the chosen
     answers, which the caller adds: odds-ratio preference optimization, equations 4 and 7 of Hong et
     al. 2024. β is the paper's λ."""
-    return -p.beta * F.logsigmoid(_log_odds(p.chosen_averages) - _log_odds(p.rejected_averages))
+    chosen = _log_odds(p.chosen_logps, p.chosen_lengths, p.dtype)
+    rejected = _log_odds(p.rejected_logps, p.rejected_lengths, p.dtype)
+    return -p.beta * F.logsigmoid(chosen - rejected)

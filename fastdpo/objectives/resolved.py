@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -21,6 +21,7 @@ from fastdpo.objectives.layouts import (
     log_ratios,
     token_counts,
 )
+from fastdpo.objectives.precision import narrowed, widened
 from fastdpo.objectives.registry import Layout, Objective, as_float, describe
 
 # Tensor options with one entry per pair or per sequence.
@@ -133,28 +134,32 @@ class ResolvedObjective:
             raise ValueError(f"pairs should be one of {list(PAIRS)}, got {sequences.pairs!r}")
 
     def _loss(self, sequences: SequenceLogps) -> Tensor:  # []
-        view = self._view(sequences)
+        dtype = sequences.logps.dtype
+        sequences = _widened(sequences)
+        view = self._view(sequences, dtype)
         weights = None
         if sequences.weights is not None:
-            weights = by_rank(sequences.weights.detach(), 2, sequences.pairs).prod(0)  # [B]
-        total, empty = None, sequences.logps.shape[0] == 0
+            weights = sequences.weights.detach().double()
+            weights = by_rank(weights, 2, sequences.pairs).prod(0)  # [B]
+        empty = sequences.logps.shape[0] == 0
+        total = sequences.logps[:0].sum()  # 0, with a gradient of zeros
         for part in self.parts:
+            if part.weight == 0.0:
+                continue  # 0 · ∞ is 0 here
             losses = part.entry.fn(view, **part.options)
             if weights is not None:
-                losses = losses * weights
+                losses = torch.where(weights == 0.0, 0.0, losses * weights)
             # The mean of nothing is NaN, its sum is 0 with a gradient of zeros.
-            term = part.weight * (losses.sum() if empty else losses.mean())
-            total = term if total is None else total + term
-        assert total is not None
+            total = total + part.weight * (losses.sum() if empty else losses.mean())
         nll_weight = self.sft_weight + sum(part.weight * part.nll_weight for part in self.parts)
         if nll_weight > 0.0 and not empty:
             assert sequences.nll is not None
             total = total + nll_weight * sequences.nll
-        return total
+        return narrowed(total, dtype)
 
-    def _view(self, sequences: SequenceLogps) -> object:
+    def _view(self, sequences: SequenceLogps, dtype: torch.dtype) -> object:
         if self.layout == "pairs":
-            return as_pairs(sequences, self.beta, self.label_smoothing, self.divergence)
+            return as_pairs(sequences, self.beta, self.label_smoothing, self.divergence, dtype)
         ratios = log_ratios(sequences)
         if self.layout == "ranked":
             return Ranked(by_rank(ratios, self.num_candidates, sequences.pairs), self.beta)
@@ -180,3 +185,14 @@ class ResolvedObjective:
 
     def _names(self) -> str:
         return " + ".join(part.entry.name for part in self.parts)
+
+
+def _widened(sequences: SequenceLogps) -> SequenceLogps:
+    """In fp64, see fastdpo.objectives.precision."""
+    ref_logps, nll = sequences.ref_logps, sequences.nll
+    return replace(
+        sequences,
+        logps=widened(sequences.logps),
+        ref_logps=None if ref_logps is None else ref_logps.detach().double(),
+        nll=None if nll is None else widened(nll),
+    )

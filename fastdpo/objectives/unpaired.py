@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdpo.objectives.layouts import Unpaired
+from fastdpo.objectives.precision import logistic
 from fastdpo.objectives.registry import (
     NON_NEGATIVE,
     REQUIRED,
@@ -61,8 +62,8 @@ def kto(
     estimate = detached(kl)
     reference_point = estimate.clamp(min=0) if isinstance(estimate, Tensor) else max(0.0, estimate)
     value = u.beta * (u.ratios - reference_point)
-    good = desirable_weight * torch.sigmoid(-value)
-    bad = undesirable_weight * torch.sigmoid(value)
+    good = desirable_weight * logistic(-value)
+    bad = undesirable_weight * logistic(value)
     return torch.where(desirable, good, bad)
 
 
