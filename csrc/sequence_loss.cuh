@@ -93,7 +93,9 @@ __device__ __forceinline__ Coefficients finish_pair(const SequenceLossParams& p,
   const double other_reward = p.beta * (static_cast<double>(other_logps) - p.ref_logps[rejected]);
   const double margin = own_reward - other_reward;
   const double smooth = p.label_smoothing;
-  p.pair_losses[pair] = -((1.0 - smooth) * log_sigmoid(margin) + smooth * log_sigmoid(-margin));
+  // Without smoothing 0 · log σ(−∞) of an impossible rejected answer would be NaN.
+  const double flipped = smooth > 0.0 ? smooth * log_sigmoid(-margin) : 0.0;
+  p.pair_losses[pair] = -((1.0 - smooth) * log_sigmoid(margin) + flipped);
   const double slope = p.beta * (smooth - sigmoid(-margin)) / static_cast<double>(p.pairs);
   const Coefficients result{static_cast<float>(slope / own_count),
                             static_cast<float>(-slope / other_count)};

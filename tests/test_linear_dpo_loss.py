@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, eager_logps
 
-from fastdpo import objectives
+from fastdpo import objectives, sequences
 from fastdpo.loss import linear_dpo_loss, linear_logps
 
 B, T, D, V = 3, 11, 24, 331
@@ -467,3 +467,62 @@ def test_only_what_was_asked_for_comes_back():
     )
     assert out.tokens.entropy is not None
     assert out.tokens.log_sum_sq_probs is None
+
+
+# --- the ends of the numbers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("margin", [-1e4, -100.0, -17.0, 0.0, 5.0, 17.0, 30.0, 60.0, 85.0, 1e4])
+def test_the_sigmoid_loss_is_right_at_any_margin(backend, margin):
+    """Against 1 / (1 + e^m) and log(1 + e^(−m)), which are fp32 numbers up to a margin of 87."""
+    logps = torch.tensor([-2.0, -2.0 - margin / 0.5]) if margin > 0 else None
+    logps = torch.tensor([-2.0 + margin / 0.5, -2.0]) if logps is None else logps
+    logps.requires_grad_()
+    loss, _, _ = sequences.sigmoid_loss(
+        logps,
+        torch.tensor([1, 1]),
+        torch.tensor([-2.0, -2.0]),
+        beta=0.5,
+        label_smoothing=0.0,
+        average=False,
+        pairs="concatenated",
+        backend=backend,
+    )
+    (grad,) = torch.autograd.grad(loss, logps)
+    e = math.exp(-abs(margin))
+    assert loss.item() == pytest.approx(max(-margin, 0.0) + math.log1p(e), rel=3e-7, abs=1e-37)
+    slope = 0.5 * (e if margin > 0 else 1.0) / (1.0 + e)
+    assert grad.tolist() == pytest.approx([-slope, slope], rel=3e-7, abs=1e-37)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_an_impossible_rejected_answer_costs_nothing(backend):
+    logps = torch.tensor([-2.0, -math.inf], requires_grad=True)
+    loss, _, _ = sequences.sigmoid_loss(
+        logps,
+        torch.tensor([1, 1]),
+        torch.tensor([-2.0, -2.0]),
+        beta=0.5,
+        label_smoothing=0.0,
+        average=False,
+        pairs="concatenated",
+        backend=backend,
+    )
+    (grad,) = torch.autograd.grad(loss, logps)
+    assert loss == 0
+    assert grad.equal(torch.zeros(2))
+
+
+def test_a_tail_of_weight_0_may_be_impossible():
+    """LD-DPO with ld_alpha = 0, and a token of probability 0 beyond the shared length."""
+    hidden = torch.zeros(2, 4, 1)
+    labels = torch.tensor([[-100, 0, 1, 2], [-100, 0, 1, -100]])
+    bias = torch.tensor([0.0, 0.0, -math.inf])
+    head = {"weight": torch.zeros(3, 1, requires_grad=True), "bias": bias}
+    loss = linear_dpo_loss(
+        hidden, head["weight"], labels, bias=bias, ld_alpha=0.0, ref_logps=torch.zeros(2)
+    ).loss
+    assert loss.item() == pytest.approx(math.log(2.0))
+    loss.backward()
+    assert head["weight"].grad.isfinite().all()

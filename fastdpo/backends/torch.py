@@ -216,14 +216,15 @@ def sequence_loss(
     sums = sequence_sums(logps, lengths)
     count = lengths.clamp(min=1).to(sums.dtype) if average else torch.ones_like(sums)
     sums = sums / count
-    rewards = beta * (sums - ref_logps)
+    # In fp64, as in the other backends: a few numbers per sequence.
+    rewards = beta * (sums.double() - ref_logps.double())
     chosen, rejected = (
         rewards.chunk(2) if pairs == "concatenated" else (rewards[::2], rewards[1::2])
     )
     margins = chosen - rejected
-    losses = -(
-        (1 - label_smoothing) * F.logsigmoid(margins) + label_smoothing * F.logsigmoid(-margins)
-    )
+    losses = -(1 - label_smoothing) * F.logsigmoid(margins)
+    if label_smoothing:  # 0 times the log σ(−∞) of an impossible rejected answer is NaN
+        losses = losses - label_smoothing * F.logsigmoid(-margins)
     # d loss / d margin, over the mean's B
     slope = (label_smoothing - torch.sigmoid(-margins)) / max(1, margins.numel())
     slope = (
@@ -232,7 +233,8 @@ def sequence_loss(
         else torch.stack([slope, -slope], 1).flatten()
     )
     loss = losses.mean() if losses.numel() else losses.sum()
-    return SequenceLoss(loss, sums, rewards, beta * slope / count)
+    dtype = sums.dtype
+    return SequenceLoss(loss.to(dtype), sums, rewards.to(dtype), (beta * slope / count).to(dtype))
 
 
 def sequence_sums(

@@ -168,8 +168,10 @@ def _sequence_loss(
             pairs=loss.pairs,
             dtype=logps.dtype,
         )
-        logps = logps * weight
-        ref_tokens = None if ref_tokens is None else ref_tokens * weight
+        # A weight of 0 takes an impossible token (−∞) out as well.
+        logps = torch.where(weight == 0.0, 0.0, logps * weight)
+        if ref_tokens is not None:
+            ref_tokens = torch.where(weight == 0.0, 0.0, ref_tokens * weight)
     if ref_tokens is not None:
         ref_logps = sums_of(segments.masked(ref_tokens))
         ref_logps = segments.average(ref_logps) if loss.average else ref_logps

@@ -41,7 +41,10 @@ def _sequence_sums(
 
 @triton.jit
 def _log_sigmoid(x):
-    return tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+    e = tl.exp(-tl.abs(x))
+    # log(1 + e), by its series where the sum would round e away.
+    series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0)))
+    return tl.minimum(x, 0.0) - tl.where(e < 1e-5, series, tl.log(1.0 + e))
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -87,7 +90,9 @@ def sequence_loss_kernel(
         reward_w = (sum_w - tl.load(ref_ptr + chosen, mask=mask, other=0.0).to(tl.float64)) * beta
         reward_l = (sum_l - tl.load(ref_ptr + rejected, mask=mask, other=0.0).to(tl.float64)) * beta
         margin = reward_w - reward_l
-        loss = -(1.0 - smoothing) * _log_sigmoid(margin) - smoothing * _log_sigmoid(-margin)
+        # Without smoothing 0 · log σ(−∞) of an impossible rejected answer would be NaN.
+        flipped = tl.where(smoothing > 0.0, smoothing * _log_sigmoid(-margin), 0.0)
+        loss = -(1.0 - smoothing) * _log_sigmoid(margin) - flipped
         losses += tl.where(mask, loss, 0.0)
         slope = (smoothing - tl.exp(_log_sigmoid(-margin))) * beta / count
         tl.store(sums_ptr + chosen, sum_w.to(dtype), mask=mask)
