@@ -47,7 +47,11 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add(
-        "--data", type=Path, help="JSON lines with prompt, chosen and rejected: strings or messages"
+        "--data",
+        type=Path,
+        help="preference pairs: JSON lines (or .parquet) with chosen and rejected, strings or "
+        "lists of messages, and prompt, which may be missing where both begin with it; other "
+        "columns are ignored",
     )
     add("--model", help="a Hugging Face causal language model: a directory or a name")
     add("--output", type=Path, default=Path("fastdpo-demo"), help="the directory to write")

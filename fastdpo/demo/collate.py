@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.demo.options import InputError
-from fastdpo.demo.pairs import Message, Pair
+from fastdpo.demo.pairs import Pair
+from fastdpo.demo.prompts import Message
 
 Batch = dict[str, Tensor]
 

@@ -1,15 +1,15 @@
-"""Preference pairs, and reading them from a file of JSON lines."""
+"""Preference pairs, and reading them from a file of JSON lines or a Parquet file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastdpo.demo.options import InputError
-
-Message = dict[str, str]
-Text = str | list[Message]
+from fastdpo.demo.prompts import Text, split_row
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -30,45 +30,69 @@ class Pair:
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """One JSON object a line, with the columns prompt, chosen and rejected.
+    """One JSON object a line, or the rows of a Parquet file (`.parquet`, which needs pyarrow).
+
+    The columns are chosen and rejected, each a string or a list of messages, and prompt, which may
+    be missing or null where both begin with it (see fastdpo.demo.prompts). Others are not read.
 
     Raises:
-        InputError: naming the file, the line and the column.
+        InputError: naming the file, the line or row, and the column.
     """
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    pairs = [_pair(row, where) for row, where in rows]
+    if len(pairs) < 2:
+        raise InputError(f"{path}: expected at least 2 pairs, one to train on and one held out")
+    return pairs
+
+
+def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         # By \n alone: JSON strings may hold the other characters that end lines.
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InputError(f"--data {path} cannot be read: {reason}") from None
-    pairs = [
-        _parse(line, f"{path}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if len(pairs) < 2:
-        raise InputError(f"{path}: expected at least 2 pairs, one to train on and one held out")
-    return pairs
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        yield row, where
 
 
-def _parse(line: str, where: str) -> Pair:
+def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"--data {path} needs pyarrow: pip install pyarrow") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            present = [name for name in COLUMNS if name in file.schema_arrow.names]
+            rows = file.read(columns=present).to_pylist() if present else [{}]
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"--data {path} cannot be read: {reason}") from None
+    for number, row in enumerate(rows, start=1):
+        yield row, f"{path}, row {number}"
+
+
+def _pair(row: Any, where: str) -> Pair:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with the columns {', '.join(COLUMNS)}")
-    missing = [name for name in COLUMNS if name not in row]
-    if missing:
-        raise InputError(f"{where}: missing the column {missing[0]!r}")
     for name in COLUMNS:
-        _check_text(row[name], name, where)
-    kinds = {isinstance(row[name], list) for name in COLUMNS}
-    if len(kinds) > 1:
-        raise InputError(f"{where}: the columns should be all strings or all lists of messages")
-    if row["chosen"] == row["rejected"]:
-        raise InputError(f"{where}: chosen and rejected are the same")
-    return Pair(row["prompt"], row["chosen"], row["rejected"])
+        value = row.get(name)
+        if value is not None:
+            _check_text(value, name, where)
+        elif name != "prompt":
+            raise InputError(f"{where}: missing the column {name!r}")
+    try:
+        return Pair(*split_row(row.get("prompt"), row["chosen"], row["rejected"]))
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _check_text(value: object, name: str, where: str) -> None:
