@@ -31,6 +31,7 @@ from fastdpo.core.logits import token_logps as logits_token_logps
 from fastdpo.core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
 from fastdpo.integrations.liger import FusedLinearDPOLoss
 from fastdpo.objectives import OBJECTIVES, Pairs
+from fastdpo.objectives.precision import narrowed
 from fastdpo.parallel import SequenceParallel, VocabParallel
 
 __all__ = [
@@ -421,4 +422,4 @@ def preference_loss(
     losses = entry.fn(pairs, **({"length_normalized": False} if ipo else {}))
     chosen_rewards = beta * (policy_chosen_logps - chosen).detach()
     rejected_rewards = beta * (policy_rejected_logps - rejected).detach()
-    return losses, chosen_rewards, rejected_rewards
+    return narrowed(losses, pairs.dtype), chosen_rewards, rejected_rewards

@@ -123,3 +123,16 @@ def test_preference_loss_bad_input():
         preference_loss(a, a, a, a, 0.0)
     with pytest.raises(ValueError, match="label_smoothing"):
         preference_loss(a, a, a, a, 0.1, label_smoothing=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_preference_loss_of_an_impossible_or_a_sure_answer(dtype):
+    chosen = torch.tensor([-2.0, -2.0, -1e4], dtype=dtype, requires_grad=True)
+    rejected = torch.tensor([-math.inf, -82.0, -2.0], dtype=dtype)
+    references = torch.full((3,), -2.0, dtype=dtype)
+    losses, _, _ = preference_loss(chosen, rejected, references, references, 1.0)
+    (grad,) = torch.autograd.grad(losses.sum(), chosen)
+    assert losses.dtype == grad.dtype == dtype
+    tiny, far = math.exp(-80.0), float(2 - chosen[2]) - 4.0
+    assert losses.tolist() == pytest.approx([0.0, tiny, far], rel=1e-2, abs=0)
+    assert grad.tolist() == pytest.approx([0.0, -tiny, -1.0], rel=1e-2, abs=0)

@@ -12,6 +12,7 @@ K = 2.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastdpo.objectives.divergences import FDivergence
+from fastdpo.objectives.precision import widened
 
 PAIRS = ("concatenated", "interleaved")
 
@@ -95,7 +97,10 @@ class Pairs:
         beta: float,
         label_smoothing: float = 0.0,
     ) -> Pairs:
-        """Plain ones, of any one shape: no f-divergence, every length 1, no NLL."""
+        """Plain ones, of any one shape: no f-divergence, every length 1, no NLL. Widened."""
+        given = (chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps)
+        dtype = functools.reduce(torch.promote_types, (logps.dtype for logps in given))
+        chosen_logps, rejected_logps, chosen_ref_logps, rejected_ref_logps = map(widened, given)
         ratios = (chosen_logps - chosen_ref_logps, rejected_logps - rejected_ref_logps)
         return cls(
             chosen_logps,
@@ -109,6 +114,7 @@ class Pairs:
             None,
             beta,
             label_smoothing,
+            dtype,
         )
 
     @property
