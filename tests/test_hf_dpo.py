@@ -202,7 +202,7 @@ def test_bad_batches_are_named(models):
         (without("input_ids"), {}, "input_ids"),
         (without("labels"), {}, "labels"),
         ({**good, "completion_mask": good["labels"]}, {}, "completion_mask"),
-        ({k: v[:5] for k, v in good.items()}, {}, "even number"),
+        ({k: v[:5] for k, v in good.items()}, {}, "whole pairs"),
         ({**good, "labels": good["labels"][:, 1:]}, {}, "labels"),
         ({**without("labels"), "completion_mask": good["labels"][:1]}, {}, "completion_mask"),
         ({**good, "ref_chosen_logps": three}, {"ref_model": None}, "ref_rejected_logps"),

@@ -368,11 +368,15 @@ def reference_head(
 def sequence_count(
     count: int,
     resolved: ResolvedObjective,
-    device: torch.device,
+    device: torch.device | None,
     cu_seqlens: Tensor | None = None,
+    *,
+    name: str = "labels",
 ) -> None:
+    """`name` is the argument whose first dimension it is, where there is no cu_seqlens; a device of
+    None leaves it to a later check where the options are."""
     if count % resolved.num_candidates:
-        name = "labels" if cu_seqlens is None else "cu_seqlens"
+        name = name if cu_seqlens is None else "cu_seqlens"
         group = "pairs" if resolved.layout == "pairs" else f"groups of {resolved.num_candidates}"
         fail(name, f"of a number of sequences that makes whole {group}", f"{count} sequences")
     resolved.check(count, device)

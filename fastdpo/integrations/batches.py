@@ -1,4 +1,4 @@
-"""A batch of preference pairs as trainers collate it, checked and taken apart."""
+"""A batch of pairs, rankings or single answers as trainers collate it, checked and taken apart."""
 
 from __future__ import annotations
 
@@ -10,19 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.core import checks
+from fastdpo.objectives import ResolvedObjective
+
 IGNORE_INDEX = -100
-_REFERENCE_KEYS = ("ref_chosen_logps", "ref_rejected_logps")
+# TRL's names: of DPOTrainer for pairs, of KTOTrainer for whatever comes as one column.
+_PAIR_KEYS = ("ref_chosen_logps", "ref_rejected_logps")
+_SEQUENCE_KEYS = ("ref_logps",)
+
+
+def reference_keys(resolved: ResolvedObjective) -> tuple[str, ...]:
+    """Under which keys a batch for this objective has its precomputed reference."""
+    return _PAIR_KEYS if resolved.layout == "pairs" else _SEQUENCE_KEYS
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """2B sequences, the B chosen ones first."""
+    """S sequences, in the order of the objective's layout (`fastdpo.objectives.layouts`): of pairs
+    the chosen ones first, of rankings the best ones."""
 
-    input_ids: Tensor  # [2B, T]
-    labels: Tensor  # [2B, T] same positions as input_ids; -100 carries no loss
-    attention_mask: Tensor | None  # [2B, T]
-    ref_logps: Tensor | None  # [2B] the reference's, computed beforehand
-    row_index: Tensor | None  # [N] positions among the 2B·T that predict a token with loss
+    input_ids: Tensor  # [S, T]
+    labels: Tensor  # [S, T] same positions as input_ids; -100 carries no loss
+    attention_mask: Tensor | None  # [S, T]
+    ref_logps: Tensor | None  # [S] the reference's, computed beforehand
+    row_index: Tensor | None  # [N] positions among the S·T that predict a token with loss
     model_kwargs: dict[str, Any]  # everything else: pixel_values, position_ids, ...
 
 
@@ -57,13 +68,42 @@ def check_sequences(
             )
 
 
-def preference_batch(batch: Mapping[str, Any]) -> PreferenceBatch:
-    """Takes apart what a collator made, in TRL's names.
+def preference_batch(batch: Mapping[str, Any], resolved: ResolvedObjective) -> PreferenceBatch:
+    """Takes apart what a collator made, in TRL's names, for an objective of whatever layout.
 
     Raises:
         ValueError: naming the key that is missing, superfluous or of the wrong shape.
     """
     rest = dict(batch)
+    input_ids, labels, attention_mask = _take_tokens(rest)
+    count = input_ids.shape[0]
+    checks.sequence_count(count, resolved, None, name="batch['input_ids']")
+    row_index = rest.pop("row_index", None)
+    keys = reference_keys(resolved)
+    reference = _take_reference(rest, keys, count // len(keys))
+    for key in rest:  # the models' forward would take it without a word
+        if key.startswith(("ref_", "reference_")) or "logps" in key:
+            raise ValueError(f"batch should have its reference under {list(keys)}, got {key!r}")
+    return PreferenceBatch(input_ids, labels, attention_mask, reference, row_index, rest)
+
+
+def with_row_index(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with `row_index` [N] int64: the positions that predict a token with loss.
+
+    For a collator. On the CPU they cost nothing; found on a GPU, the host waits for the device once
+    a step.
+
+    Raises:
+        ValueError: naming the key that is missing or of the wrong shape.
+    """
+    _, labels, _ = _take_tokens(dict(batch))
+    labels = shift_labels(labels)
+    row_index = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    return {**batch, "row_index": row_index}
+
+
+def _take_tokens(rest: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:  # each [S, T]
+    """input_ids, labels and attention_mask, taken out of `rest`."""
     if "input_ids" not in rest:
         raise ValueError(f"batch should have the key 'input_ids', got {sorted(rest)}")
     input_ids, attention_mask = rest.pop("input_ids"), rest.pop("attention_mask", None)
@@ -77,39 +117,13 @@ def preference_batch(batch: Mapping[str, Any]) -> PreferenceBatch:
     check_sequences(
         input_ids, labels if completion_mask is None else completion_mask, attention_mask, given[0]
     )
-    if input_ids.shape[0] % 2:
-        raise ValueError(
-            "batch['input_ids'] should hold an even number of sequences, chosen then rejected, "
-            f"got {input_ids.shape[0]}"
-        )
     if completion_mask is not None:
         labels = torch.where(completion_mask.bool(), input_ids, IGNORE_INDEX)
-    row_index = rest.pop("row_index", None)
-    reference = _reference(rest, input_ids.shape[0] // 2)
-    for key in rest:  # the models' forward would take it without a word
-        if key.startswith(("ref_", "reference_")) or "logps" in key:
-            raise ValueError(
-                f"batch should have its reference under {list(_REFERENCE_KEYS)}, got {key!r}"
-            )
-    return PreferenceBatch(input_ids, labels, attention_mask, reference, row_index, rest)
+    return input_ids, labels, attention_mask
 
 
-def with_row_index(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch with `row_index` [N] int64: the positions that predict a token with loss.
-
-    For a collator. On the CPU they cost nothing; found on a GPU, the host waits for the device once
-    a step.
-
-    Raises:
-        ValueError: as `preference_batch`.
-    """
-    labels = shift_labels(preference_batch(batch).labels)
-    row_index = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-    return {**batch, "row_index": row_index}
-
-
-def _reference(rest: dict[str, Any], pairs: int) -> Tensor | None:
-    values = {key: rest.pop(key, None) for key in _REFERENCE_KEYS}
+def _take_reference(rest: dict[str, Any], keys: tuple[str, ...], count: int) -> Tensor | None:
+    values = {key: rest.pop(key, None) for key in keys}
     missing = [key for key, value in values.items() if value is None]
     if len(missing) == len(values):
         return None
@@ -118,7 +132,7 @@ def _reference(rest: dict[str, Any], pairs: int) -> Tensor | None:
             f"batch has precomputed reference log-probabilities, but no {missing[0]!r}"
         )
     for key, value in values.items():
-        if not isinstance(value, Tensor) or value.shape != (pairs,):
+        if not isinstance(value, Tensor) or value.shape != (count,):
             shape = getattr(value, "shape", type(value).__name__)
-            raise ValueError(f"batch[{key!r}] should have shape ({pairs},), got {shape}")
+            raise ValueError(f"batch[{key!r}] should have shape ({count},), got {shape}")
     return torch.cat(list(values.values()))

@@ -2,7 +2,8 @@
 their logits.
 
     sequence_logps    a model and a batch of sequences to their log-probabilities
-    dpo_loss          a model, its reference and a batch of pairs to the loss
+    dpo_loss          a model, its reference and a batch (pairs, rankings, single answers) to the
+                      loss
     with_row_index    a batch to one whose loss waits for nothing on a GPU, for collators
     read_head         the model's lm_head, as `fastdpo.loss` takes it
     vocab_parallel    how tensor parallelism spreads it over processes
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo import loss as core
+from fastdpo import objectives
 from fastdpo.core import rows
 from fastdpo.integrations.batches import (
     IGNORE_INDEX,
     PreferenceBatch,
     check_sequences,
     preference_batch,
+    reference_keys,
     shift_labels,
     unshift,
     with_row_index,
@@ -60,15 +63,20 @@ _NOT_OBJECTIVES = frozenset(inspect.signature(core.linear_dpo_loss).parameters)
 
 
 class DPOOutput(NamedTuple):
-    """What `dpo_loss` returns."""
+    """What `dpo_loss` returns.
 
-    loss: Tensor  # [] the mean over pairs (and `router_aux_loss_coef` times aux_loss)
-    chosen_logps: Tensor  # [B]
-    rejected_logps: Tensor  # [B]
-    chosen_rewards: Tensor  # [B], detached
-    rejected_rewards: Tensor  # [B], detached
+    `chosen_*` and `rejected_*` are, for pairs, the chosen and the rejected answers [B] each; for
+    rankings the best answers [B] and all others [(K − 1)·B], the second-best of every prompt first;
+    for single answers the desirable and the undesirable ones.
+    """
+
+    loss: Tensor  # [] the mean over pairs, prompts or sequences (+ `router_aux_loss_coef`·aux_loss)
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor  # detached
+    rejected_rewards: Tensor  # detached
     aux_loss: Tensor | None  # [] the routers' balancing loss, where the model returned one
-    tokens: core.LinearLogps | None  # detached, each [2B, T]; None without `stats`
+    tokens: core.LinearLogps | None  # detached, each [S, T]; None without `stats`
 
 
 def sequence_logps(
@@ -158,21 +166,25 @@ def dpo_loss(
     backend: str | None = None,
     **objective_options: Any,
 ) -> DPOOutput:
-    """The preference loss of a batch of pairs under a causal language model of transformers.
+    """The preference loss of a batch under a causal language model of transformers.
+
+    The batch is S sequences, as the objective wants them: S = 2B for pairs, the B chosen ones
+    first; S = K·B for rankings (plackett_luce), the B best ones first; any S for single answers
+    (kto, bco), where `desirable` [S] says which of them are.
 
     The reference is, in this order: none where `reference_free`; the batch's `ref_chosen_logps` and
-    `ref_rejected_logps`; `ref_model`; a PEFT model under `ref_adapter`. It gets no gradient and has
-    no dropout; the modes, active adapters and requires_grad of both models are afterwards what they
-    were.
+    `ref_rejected_logps` (`ref_logps` where there are no pairs); `ref_model`; a PEFT model under
+    `ref_adapter`. It gets no gradient and has no dropout; the modes, active adapters and
+    requires_grad of both models are afterwards what they were.
 
     Args:
         model: the policy, as in `sequence_logps`.
-        batch: TRL's names: `input_ids` [2B, T], the B chosen sequences first; `labels` [2B, T]
-            (same positions, -100 without loss) or `completion_mask` [2B, T]; optionally
-            `attention_mask` [2B, T], and `ref_chosen_logps`, `ref_rejected_logps` [B] (sums;
-            averages where `average_log_prob`), and `row_index` as `with_row_index` adds it: then
-            nothing waits for a GPU, else the number of rows does, once. All other entries go to
-            the models' forward.
+        batch: TRL's names: `input_ids` [S, T]; `labels` [S, T] (same positions, -100 without loss)
+            or `completion_mask` [S, T]; optionally `attention_mask` [S, T], and the reference's
+            `ref_chosen_logps`, `ref_rejected_logps` [B], for rankings and single answers
+            `ref_logps` [S] (sums; averages where `average_log_prob`), and `row_index` as
+            `with_row_index` adds it: then nothing waits for a GPU, else the number of rows does,
+            once. All other entries go to the models' forward.
         ref_model: the reference.
         ref_adapter: the adapter of a PEFT model that makes it the reference, such as a frozen copy
             of the adapter that training continues from; "__base__" is the model without adapters.
@@ -198,7 +210,14 @@ def dpo_loss(
             raise ValueError(
                 f"{name} should not be given to dpo_loss, whose model and batch determine it"
             )
-    parts = preference_batch(batch)
+    resolved = objectives.resolve(
+        objective,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        has_reference=not reference_free,
+        options=objective_options,
+    )
+    parts = preference_batch(batch, resolved)
     row_index = parts.row_index
     if ref_adapter is not None and (
         reference_free or ref_model is not None or parts.ref_logps is not None
@@ -215,11 +234,12 @@ def dpo_loss(
         ref_logps = None
     elif parts.ref_logps is not None:
         if ref_model is not None:
-            raise ValueError("ref_model should be None where the batch has ref_chosen_logps")
+            given = reference_keys(resolved)[0]
+            raise ValueError(f"ref_model should be None where the batch has {given}")
         ref_logps = parts.ref_logps
     else:
         ref_logps, row_index = _reference_logps(
-            model, ref_model, ref_adapter, parts, temperature, backend
+            model, ref_model, ref_adapter, parts, resolved, temperature, backend
         )
     model_kwargs = dict(parts.model_kwargs)
     if router_aux_loss_coef is not None:
@@ -289,10 +309,11 @@ def _reference_logps(
     ref_model: nn.Module | None,
     ref_adapter: str | None,
     parts: PreferenceBatch,
+    resolved: objectives.ResolvedObjective,
     temperature: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Per token [2B, T], aligned with the shifted labels, and the rows that carry loss [N]: found
+    """Per token [S, T], aligned with the shifted labels, and the rows that carry loss [N]: found
     once, for the policy as well.
     """
     reference = model if ref_model is None else ref_model
@@ -301,10 +322,10 @@ def _reference_logps(
             peft = peft_model(model)
             name = reference_adapter(peft, ref_adapter)
             if peft is None:
+                keys = " and ".join(reference_keys(resolved))
                 raise ValueError(
                     "ref_model should be given: the model is no PEFT model whose adapter could be "
-                    "disabled, and the batch has no ref_chosen_logps and ref_rejected_logps (or "
-                    "pass reference_free=True)"
+                    f"disabled, and the batch has no {keys} (or pass reference_free=True)"
                 )
             stack.enter_context(with_adapter(peft, name))
         stack.enter_context(without_dropout(reference))
@@ -318,7 +339,7 @@ def _reference_logps(
 
 
 def _rows(captured: Captured, parts: PreferenceBatch) -> tuple[Tensor, Tensor | None]:
-    """The shifted labels [2B, T], checked, and which of them carry loss; None where all do."""
+    """The shifted labels [S, T], checked, and which of them carry loss; None where all do."""
     labels = shift_labels(parts.labels).to(captured.hidden.device)
     if parts.row_index is not None:
         return labels, parts.row_index.to(labels.device)
