@@ -268,6 +268,8 @@ def test_policy_and_reference_look_for_the_rows_once(tmp_path):
         for lm in (policy, reference):
             lm._apply(gpu.put)
         on_gpu, labels = gpu.put(ids), gpu.put(labels)
+        for lm in (policy, reference):
+            call(lm, labels.clone())  # probed again: the weights have moved
         gpu.waits.clear()
         found = [call(lm, labels) for lm in (policy, reference)]
         (-found[0].log_probs.sum()).backward()
@@ -291,6 +293,111 @@ def test_labels_that_were_refused_are_refused_again(tmp_path):
     for lm in (trainer.model, trainer.ref_model):
         with pytest.raises(ValueError, match="labels should be"):
             lm(input_ids=ids, labels=bad, fused_lm_head=True)
+
+
+def fused(lm, ids, labels, **kwargs):
+    mask = torch.ones_like(ids)
+    return lm(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **kwargs)
+
+
+def eager(lm, ids, labels):
+    with torch.no_grad():
+        logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    picked = logits.log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])
+    return picked.squeeze(-1) * (labels[:, 1:] != -100)
+
+
+@pytest.mark.parametrize("after", ["use_fastdpo", "accelerate", "an adapter"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_a_copy_answers_for_itself(family, after, tmp_path):
+    """An average of the weights, a snapshot, create_reference_model."""
+    options = {"head_dim": 16, "final_logit_softcapping": 5.0} if family == "Gemma2" else {}
+    policy, adapter = model(family, **options), None
+    if after == "an adapter":
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(r=4, task_type="CAUSAL_LM")
+    reference = None if adapter else model(family, **options)
+    trainer = built(tmp_path, policy, True, reference, peft_config=adapter)
+    if after == "accelerate":
+        trainer.train()
+    original = trainer.model.eval()
+    ids = torch.randint(2, V, (4, 9))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    before = fused(original, ids, labels).log_probs.detach()
+    twin = copy.deepcopy(original)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.mul_(1.5)
+    found = fused(twin, ids, labels)
+    torch.testing.assert_close(found.log_probs.detach(), eager(twin, ids, labels))
+    assert (found.log_probs - before).abs().max() > 1e-3
+    found.log_probs.sum().backward()
+    assert all(p.grad is None for p in original.parameters())
+    assert any(p.grad is not None for p in twin.parameters())
+    assert torch.equal(fused(original, ids, labels).log_probs, before)
+    torch.testing.assert_close(before, eager(original, ids, labels))
+    del trainer, original, policy
+    again = fused(twin, ids, labels).log_probs
+    assert torch.equal(again, found.log_probs)
+
+
+def test_create_reference_model_and_saving(tmp_path):
+    from trl.experimental.utils import create_reference_model
+
+    trainer = built(tmp_path, model(), True, model())
+    policy = trainer.model.eval()
+    ids = torch.randint(2, V, (4, 9))
+    made = create_reference_model(policy)
+    expected = fused(policy, ids, ids).log_probs
+    assert torch.equal(fused(made, ids, ids).log_probs, expected)
+    policy.save_pretrained(tmp_path / "saved")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(eager(loaded, ids, ids), expected.detach())
+    torch.save(policy, tmp_path / "pickled")  # a plain model, as TRL's own fused head pickles
+    loaded = torch.load(tmp_path / "pickled", weights_only=False)
+    torch.testing.assert_close(eager(loaded, ids, ids), expected.detach())
+
+
+def test_a_copy_of_a_forward_that_belongs_to_another_is_refused(tmp_path):
+    policy = model()
+    own = policy.forward
+
+    def patched(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    policy.forward = patched
+    trainer = built(tmp_path, policy, True, model())
+    ids = torch.randint(2, V, (2, 5))
+    assert fused(trainer.model, ids, ids).log_probs.isfinite().all()
+    twin = copy.deepcopy(trainer.model)
+    for call in (lambda: fused(twin, ids, ids), lambda: twin(input_ids=ids)):
+        with pytest.raises(ValueError, match="copy of a LlamaForCausalLM whose forward had been"):
+            call()
+
+
+def test_a_compiled_model_is_probed_once_per_mode_and_compiled_no_more_for_it(
+    tmp_path, monkeypatch
+):
+    import torch._dynamo
+    from torch._dynamo.testing import CompileCounter
+
+    from fastdpo.integrations import probe
+
+    verdicts, verify = [], probe.verify
+    monkeypatch.setattr(probe, "verify", lambda *args: verdicts.append(args) or verify(*args))
+    torch._dynamo.reset()
+    trainer, counter = built(tmp_path, model(), True, model()), CompileCounter()
+    compiled = torch.compile(trainer.model, backend=counter, dynamic=False)
+    ids = torch.randint(2, V, (4, 9))
+    expected, frames = eager(trainer.model, ids, ids), []
+    for _ in range(4):
+        for mode in (compiled.train, compiled.eval):
+            found = fused(mode(), ids, ids).log_probs
+            torch.testing.assert_close(found.detach(), expected)
+        frames.append(counter.frame_count)
+    assert frames[1:] == [frames[1]] * 3
+    assert len(verdicts) == 2
 
 
 def test_bad_input():

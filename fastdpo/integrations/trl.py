@@ -7,6 +7,7 @@ from them. `use_fastdpo(trainer)` answers those calls; all others go where they 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 import weakref
@@ -22,7 +23,7 @@ from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
 from fastdpo.integrations.capture import capture, examine
 from fastdpo.integrations.hf import captured_logps, find_rows
 from fastdpo.integrations.reference import without_dropout
-from fastdpo.integrations.unwrap import causal_lm, peft_model
+from fastdpo.integrations.unwrap import UnsupportedModel, causal_lm, peft_model
 from fastdpo.loss import LinearLogps
 
 __all__ = ["use_fastdpo"]
@@ -119,21 +120,27 @@ class _LastRows:
 
 
 def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options: Any) -> None:
-    """Give `lm` a forward that answers `fused_lm_head=True` by fastdpo."""
+    """Give `lm` a forward that answers `fused_lm_head=True` by fastdpo.
+
+    It holds no model: a copy of the model (`copy.deepcopy` binds the method to it) answers for
+    itself.
+    """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    previous: Callable[..., Any] = lm.forward
+    signature = _signature(lm.forward)
+    previous = _unbound_forward(lm)
 
     def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return previous(*args, **kwargs)
+            return previous(self, *args, **kwargs)
         labels: Tensor = kwargs.pop("labels")  # [S, T]
+        own = functools.partial(previous, self)
         # The trainer's reference, and its evaluation: TRL sets the probability of Dropout modules
         # to 0, not that of attention.
         quiet = nullcontext() if torch.is_grad_enabled() else without_dropout(self)
         with quiet:
-            examine(self, labels.device, labels=labels, forward=previous, **kwargs)
-            captured = capture(self, *args, forward=previous, **kwargs)
+            examine(self, labels.device, labels=labels, forward=own, **kwargs)
+            captured = capture(self, *args, forward=own, **kwargs)
         shifted = shift_labels(labels).to(captured.hidden.device)
         index = rows.index(labels, shifted, captured.vocab_size)
         tokens = captured_logps(captured, shifted, row_index=index, stats=stats, **options)
@@ -152,8 +159,37 @@ def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options
         )
 
     # Trainers and generation look at the forward's signature.
-    forward.__signature__ = _signature(previous)  # type: ignore[attr-defined]
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     lm.forward = types.MethodType(forward, lm)
+
+
+def _unbound_forward(lm: nn.Module) -> Callable[..., Any]:
+    """The forward that `lm` has without TRL's fused head, as a function of the model it is called
+    on.
+
+    TRL's own replacement keeps the model that it was made for, which is another one after a copy.
+    """
+    bound: Callable[..., Any] = lm.forward
+    inner = inspect.getclosurevars(_function(bound)).nonlocals.get("original_forward")
+    if inner is not None and "fused_lm_head" in _function(bound).__code__.co_varnames:
+        bound = inner
+    if getattr(bound, "__self__", None) is lm:
+        return _function(bound)
+    owner = weakref.ref(lm)
+
+    def of_the_owner(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not owner():
+            raise UnsupportedModel(
+                f"model: a copy of a {type(self).__name__} whose forward had been replaced before "
+                "use_fastdpo, by something that belongs to the original; copy the model first"
+            )
+        return bound(*args, **kwargs)
+
+    return of_the_owner
+
+
+def _function(method: Any) -> Any:
+    return getattr(method, "__func__", method)
 
 
 def _signature(function: Callable[..., Any]) -> Any:
