@@ -19,6 +19,7 @@ from torch import nn
 
 from fastdpo.backends.torch import logits_of
 from fastdpo.integrations import families, hf, probe
+from fastdpo.integrations.subject import subject_of
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
@@ -159,10 +160,15 @@ def test_the_verdict_is_kept_per_model_and_does_not_keep_the_model():
     model = build("Llama")
     input_ids, _, labels = batch()
     head = model.get_output_embeddings()
-    assert not probe.is_verified(head, model, families.PLAIN)
+
+    def verified(model, rule=families.PLAIN):
+        head, given = model.lm_head, {"use_cache": False}
+        return probe.is_verified(head, subject_of(model, head, rule, "cpu", given, False))
+
+    assert not verified(model)
     hf.sequence_logps(model, input_ids, labels)
-    assert probe.is_verified(head, model, families.PLAIN)
-    assert not probe.is_verified(head, model, hf.HeadRule(scale=2.0))
+    assert verified(model)
+    assert not verified(model, hf.HeadRule(scale=2.0))
     gone = weakref.ref(head)
     del model, head
     gc.collect()

@@ -170,7 +170,6 @@ MISFITS = {
     "ranks": (4, {"objective": "plackett_luce", **THREE}, "whole groups of 3, got 4 sequences"),
     "flags": (3, {**KTO, "desirable": desirable(2)}, "desirable must have 3 entries"),
     "no flags": (3, KTO, "kto needs the option desirable"),
-    "no reference": (3, {**KTO, "desirable": desirable(3), "ref_model": None}, "no ref_logps (or"),
     "no free reference": (
         3,
         {**KTO, "desirable": desirable(3), "ref_model": None, "reference_free": True},
@@ -188,6 +187,15 @@ def test_what_does_not_fit_is_refused_before_a_model_runs(models, misfit):
     with pytest.raises(ValueError) as raised:
         hf.dpo_loss(model, answers(sequences), **{"ref_model": reference, **options})
     assert message in str(raised.value)
+
+
+def test_a_reference_that_is_missing_is_named_as_the_layout_has_it(models):
+    for sequences, options, name in (
+        (3, {**KTO, "desirable": desirable(3)}, "ref_logps"),
+        (4, {}, "ref_chosen_logps and ref_rejected_logps"),
+    ):
+        with pytest.raises(ValueError, match=rf"the batch has no {name} \(or"):
+            hf.dpo_loss(models[0], answers(sequences), **options)
 
 
 def test_pairs_have_two_columns_of_references(models):

@@ -1,17 +1,16 @@
 """Runs a model up to its lm_head and no further: what the head would have multiplied.
 
-For the duration of one forward the head's place in the model is taken by a `HeadTap`, which keeps
-its input and lets the real head see zero rows of it. Everything before the head (and around it:
-wrappers, hooks, a scaling of the hidden states, BERT's transform) runs as the model wrote it, and
-the logits it returns are [.., 0, V]. A module rather than a forward hook, because torch.compile
-guards on modules and not on hooks.
+For the duration of one forward the head is tapped (`fastdpo.integrations.tap`): its input is kept,
+and it multiplies zero rows of it. Everything before the head (and around it: wrappers, hooks, a
+scaling of the hidden states, BERT's transform) runs as the model wrote it, and the logits it
+returns are [.., 0, V].
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,8 @@ from fastdpo.integrations.families import head_rule
 from fastdpo.integrations.heads import bind_head, vocab_parallel
 from fastdpo.integrations.order import UNKNOWN, Order, order_of
 from fastdpo.integrations.positions import placed
+from fastdpo.integrations.subject import Subject, subject_of
+from fastdpo.integrations.tap import HeadTap, Tapped
 from fastdpo.integrations.unwrap import (
     UnsupportedModel,
     causal_lm,
@@ -49,66 +50,19 @@ class Captured(NamedTuple):
         return self.head.vocab_size if spread is None else spread.vocab_size
 
 
-class HeadTap(nn.Module):
-    """Stands in for an output head: keeps the input, gives the real head no rows (or the
-    probe's)."""
+class _Prepared(NamedTuple):
+    """What is known before a forward."""
 
-    def __init__(self, head: nn.Module, probing: bool, spread: VocabParallel | None):
-        super().__init__()
-        self.head = head
-        self.probing = probing
-        self.spread = spread
-        self.hidden: Tensor | None = None
-        self.rows: Tensor | None = None
-        self.autocast_dtype: torch.dtype | None = None
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> Any:
-        # Models look at their head's weight (`hidden.to(self.lm_head.weight.dtype)`).
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("head"), name)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.calls += 1
-        self.hidden = hidden
-        device_type = hidden.device.type
-        if torch.is_autocast_enabled(device_type):
-            self.autocast_dtype = torch.get_autocast_dtype(device_type)
-        if self.probing:
-            self.rows = probe.probe_rows(hidden)
-            return self.head(self.rows)
-        if self.spread is not None:  # a DTensor of no rows cannot be multiplied
-            return hidden.new_empty(*hidden.shape[:-2], 0, self.spread.vocab_size)
-        return self.head(hidden[..., :0, :])
+    lm: Any
+    head: nn.Module
+    spread: VocabParallel | None
+    subject: Subject
+    probing: bool
+    model_kwargs: dict[str, Any]
 
 
-@contextmanager
-def _tapped(
-    lm: nn.Module, head: nn.Module, probing: bool, spread: VocabParallel | None
-) -> Iterator[HeadTap]:
-    tap = HeadTap(head, probing, spread)
-    modes = [(module, module.training) for module in head.modules()]
-    if probing:
-        head.eval()  # LoRA's dropout would answer for its own noise
-    places = [
-        (module, name)
-        for module in lm.modules()
-        for name, child in module._modules.items()
-        if child is head
-    ]
-    for module, name in places:
-        module._modules[name] = tap
-    try:
-        yield tap
-    finally:
-        for module, name in places:
-            module._modules[name] = head
-        for module, training in modes:
-            module.training = training
-
-
+# Where torch.compile compiles a forward that calls this one, it goes on at the model's own forward.
+@torch.compiler.disable(recursive=False)
 def capture(
     model: nn.Module,
     input_ids: Tensor,  # [S, T]
@@ -128,9 +82,24 @@ def capture(
         UnsupportedModel: the head cannot be described, or is not what the description says; or the
             model is not causal.
     """
+    prepared = _prepared(model, input_ids, attention_mask, forward, model_kwargs)
+    lm, head, spread, _, probing, model_kwargs = prepared
+    call = functools.partial(forward or model, input_ids=input_ids, **model_kwargs)
+    with Tapped(lm, head, probing, spread) as tap:
+        outputs = _eagerly(call) if probing else call()
+    return _captured(prepared, tap, outputs, model, input_ids)
+
+
+@torch.compiler.disable
+def _prepared(
+    model: nn.Module,
+    input_ids: Tensor,  # [S, T]
+    attention_mask: Tensor | None,  # [S, T]
+    forward: Callable[..., Any] | None,
+    model_kwargs: dict[str, Any],
+) -> _Prepared:
     lm = causal_lm(model)
-    head_module = output_head(lm)
-    rule, spread = head_rule(lm), vocab_parallel(lm)
+    head, spread = output_head(lm), vocab_parallel(lm)
     order = examine(model, input_ids.device, forward=forward, **model_kwargs)
     if attention_mask is not None and order is not None:
         place = placed(
@@ -142,24 +111,40 @@ def capture(
         )
         if place is not None:
             model_kwargs["position_ids"] = place
-    probing = input_ids.numel() > 0 and not probe.is_verified(head_module, lm, rule)
     if attention_mask is not None:
         model_kwargs["attention_mask"] = attention_mask
     model_kwargs = {**_no_cache(lm), **model_kwargs}
+    device_type, inside = input_ids.device.type, forward is not None
+    subject = subject_of(model, head, head_rule(lm), device_type, model_kwargs, inside)
+    probing = input_ids.numel() > 0 and not probe.is_verified(head, subject)
+    return _Prepared(lm, head, spread, subject, probing, model_kwargs)
 
-    with _tapped(lm, head_module, probing, spread) as tap:
-        outputs = (forward or model)(input_ids=input_ids, **model_kwargs)
-    hidden = _captured_hidden(tap, model, lm, input_ids)
-    if probing and tap.rows is not None:
+
+@torch.compiler.disable
+def _eagerly(call: Callable[[], Any]) -> Any:
+    """A probe's forward happens once: torch.compile would compile it for that once, and count it
+    among the variants of a model that it is willing to compile."""
+    with torch.compiler.set_stance("force_eager"):
+        return call()
+
+
+@torch.compiler.disable
+def _captured(
+    prepared: _Prepared, tap: HeadTap, outputs: Any, model: nn.Module, input_ids: Tensor
+) -> Captured:
+    """What the forward that gave `outputs` left behind, verified where it probed."""
+    lm, head_module, spread, subject, *_ = prepared
+    hidden, autocast = _captured_hidden(tap, model, lm, input_ids), tap.autocast_dtype
+    if tap.rows is not None:
         logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-        sixteen_bit = tap.autocast_dtype is not None or hidden.element_size() == 2
         if spread is not None:  # every process has all logits, and answers for its own
             logits = logits[..., spread.start :][..., : spread.sizes[spread.rank]]
-        probe.verify(head_module, lm, rule, tap.rows, logits, sixteen_bit)
-    hidden, head = bind_head(lm, hidden)
-    return Captured(hidden, head, tap.autocast_dtype, getattr(outputs, "aux_loss", None), spread)
+        probe.verify(head_module, lm, tap.rows, logits, subject, autocast)
+    hidden, head = bind_head(lm, hidden, autocast=autocast is not None)
+    return Captured(hidden, head, autocast, getattr(outputs, "aux_loss", None), spread)
 
 
+@torch.compiler.disable
 def examine(
     model: nn.Module,
     device: torch.device | None = None,
@@ -195,7 +180,7 @@ def examine(
                 given["position_ids"] = position_ids
             if typed:
                 given["token_type_ids"] = torch.ones_like(ids)
-            with _tapped(lm, head, False, spread) as tap:
+            with Tapped(lm, head, False, spread) as tap:
                 (forward or lm)(input_ids=ids, attention_mask=mask, **given)
             hidden = tap.hidden
             whole = tap.calls == 1 and hidden is not None and hidden.shape[:-1] == ids.shape

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastdpo.backends.contract import Head
 from fastdpo.integrations.families import head_rule
+from fastdpo.integrations.quantized import check_readable, dequantized
 from fastdpo.integrations.tensor_parallel import local_rows, spread_of
 from fastdpo.integrations.unwrap import UnsupportedModel, causal_lm, output_head, uncompiled
 from fastdpo.parallel import VocabParallel
@@ -60,28 +61,46 @@ def bind_head(
     hidden: Tensor,  # [..., D]
     *,
     with_dropout: bool = True,
+    autocast: bool = False,
 ) -> tuple[Tensor, Head]:  # [..., D + r]
-    """The head of an unwrapped model together with the hidden states that it multiplies."""
+    """The head of an unwrapped model together with the hidden states that it multiplies.
+
+    Without autocast they come in the weight's dtype: a layer inside an adapter may have a hook that
+    casts its input, and could not be multiplied otherwise.
+    """
     module = _resolve(output_head(lm))
     head = _described(lm, module)
     # Models split over several devices keep the head on the last one.
     hidden = hidden.to(head.weight.device)
-    hiddens, weights, bias = [hidden], [head.weight], head.bias
+    dtype = hidden.dtype if autocast else head.weight.dtype
+    hiddens, weights, bias = [hidden.to(dtype)], [head.weight], head.bias
     disabled = _is_lora(module) and module.disable_adapters
     for lora_a, lora_b, scaling, dropout in _adapters(module):
         if disabled:
-            hiddens.append(hidden.new_zeros(*hidden.shape[:-1], lora_a.weight.shape[0]))
+            hiddens.append(hiddens[0].new_zeros(*hidden.shape[:-1], lora_a.weight.shape[0]))
             weights.append(head.weight.new_zeros(lora_b.weight.shape))
             continue
         taken = hidden.to(lora_a.weight.dtype)
         projected = lora_a(dropout(taken) if with_dropout else taken) * scaling  # [..., r]
-        hiddens.append(projected.to(hidden.dtype))
+        hiddens.append(projected.to(dtype))
         weights.append(lora_b.weight.to(head.weight.dtype))
         bias = _plus_bias(bias, lora_b, scaling)
-    if len(weights) > 1:
-        hidden, weight = torch.cat(hiddens, -1), torch.cat(weights, -1)
-        head = dataclasses.replace(head, weight=weight, bias=bias)
-    return hidden, _cut(lm, head)
+    if len(weights) == 1:
+        return hiddens[0], _cut(lm, head)
+    head = dataclasses.replace(head, weight=torch.cat(weights, -1), bias=bias)
+    return torch.cat(hiddens, -1), _cut(lm, head)
+
+
+def multiplier(head: nn.Module) -> nn.Module:
+    """The module inside `head` whose forward gets the hidden states and returns logits, after every
+    wrapper around it.
+
+    Raises:
+        UnsupportedModel: its arithmetic is not known.
+    """
+    module = _resolve(head)
+    check_readable(local_rows(_base(module).weight))
+    return module
 
 
 def vocab_parallel(model: nn.Module) -> VocabParallel | None:
@@ -108,7 +127,8 @@ def hidden_scale(model: nn.Module) -> float:
 def _described(lm: nn.Module, module: Any) -> Head:
     base = _base(module)
     spread_of(lm, base.weight)  # refuses what is sharded in another way
-    weight = local_rows(base.weight)
+    check_readable(local_rows(base.weight))
+    weight = dequantized(local_rows(base.weight))
     _check_weight(weight)
     rule = head_rule(lm)
     return Head(weight, local_rows(base.bias), scale=rule.scale, softcap=rule.softcap)
@@ -130,6 +150,7 @@ def _resolve(module: nn.Module) -> Any:
         return module
     if type(module).__module__.startswith("peft."):
         return _resolve_peft(module)
+    _refuse_bitsandbytes(module)
     # An own forward cannot be trusted to be linear, not even after a successful probe: what an
     # adapter does may still be zero.
     raise UnsupportedModel(
@@ -147,10 +168,20 @@ def _resolve_peft(module: Any) -> Any:
         return _resolve(module.modules_to_save[module.active_adapters[0]])
     if _is_lora(module) and _is_linear(module.base_layer):
         return module
+    _refuse_bitsandbytes(getattr(module, "base_layer", module))
     raise UnsupportedModel(
         f"model: its output head is wrapped in PEFT's {type(module).__name__}; on the head fastdpo "
         "knows LoRA and modules_to_save"
     )
+
+
+def _refuse_bitsandbytes(module: nn.Module) -> None:
+    if any(cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__):
+        raise UnsupportedModel(
+            "model: its output head is quantized by bitsandbytes (a "
+            f"{type(module).__name__}), which fastdpo does not read: keep the head unquantized, "
+            'with llm_int8_skip_modules=["lm_head"] in the BitsAndBytesConfig'
+        )
 
 
 def _adapters(module: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float, nn.Module]]:
@@ -204,7 +235,3 @@ def _check_weight(weight: Tensor) -> None:
         )
     if weight.is_meta:
         raise UnsupportedModel("model: the lm_head's weight is offloaded (on the meta device)")
-    if not weight.is_floating_point():
-        raise UnsupportedModel(
-            f"model: the lm_head's weight is quantized ({weight.dtype}); keep the head unquantized"
-        )

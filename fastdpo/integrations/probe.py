@@ -1,5 +1,5 @@
-"""Is the head that we read the head that the model has? Asked once per model, answered by its own
-logits.
+"""Is the head that we read the head that the model has? Asked once per model and situation
+(`fastdpo.integrations.subject`), answered by its own logits.
 
 On the first call the model's real head is given a few rows instead of none: true hidden states, and
 the same ones enlarged up to 512 times, because a softcap or another curve hides below the small
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.backends.torch import logits_of
-from fastdpo.integrations.families import HeadRule
 from fastdpo.integrations.heads import bind_head
+from fastdpo.integrations.subject import Subject
 from fastdpo.integrations.unwrap import UnsupportedModel
 
 POSITIONS = 4
@@ -27,23 +27,22 @@ TOLERANCE = 5e-3
 TOLERANCE_16_BIT = 3e-2
 _COLUMNS = 8192
 
-# Output head -> what was verified about it. The head module is the key, since a model that gets
-# adapters or a new head gets a new module, and because an entry must not keep a model alive.
-_verified: WeakKeyDictionary[nn.Module, tuple[object, ...]] = WeakKeyDictionary()
+# Output head -> what was verified about it, the latest last. The head module is the key, since a
+# model that gets adapters or a new head gets a new module, and because an entry must not keep a
+# model alive.
+_verified: WeakKeyDictionary[nn.Module, dict[Subject, None]] = WeakKeyDictionary()
+_SUBJECTS = 32  # of one head: modes, adapters and weights that take turns
 
 
-def is_verified(head_module: nn.Module, lm: nn.Module, rule: HeadRule) -> bool:
-    return _verified.get(head_module) == _subject(head_module, lm, rule)
+def is_verified(head_module: nn.Module, subject: Subject) -> bool:
+    return subject in _verified.get(head_module, ())
 
 
-def _subject(head_module: nn.Module, lm: nn.Module, rule: HeadRule) -> tuple[object, ...]:
-    """What the verification was of: hooks that come later may change the logits."""
-    hooks = (
-        tuple(registered)
-        for module in (head_module, lm)
-        for registered in (module._forward_pre_hooks, module._forward_hooks)
-    )
-    return type(lm).__qualname__, rule, *hooks
+def _remember(head_module: nn.Module, subject: Subject) -> None:
+    subjects = _verified.setdefault(head_module, {})
+    subjects[subject] = None
+    if len(subjects) > _SUBJECTS:
+        del subjects[next(iter(subjects))]
 
 
 def probe_rows(hidden: Tensor) -> Tensor:
@@ -59,17 +58,18 @@ def probe_rows(hidden: Tensor) -> Tensor:
 def verify(
     head_module: nn.Module,
     lm: nn.Module,
-    rule: HeadRule,
     rows: Tensor,  # [1, K, D] what `probe_rows` chose
     logits: Tensor,  # [1, K, V] the model's own
-    sixteen_bit: bool,
+    subject: Subject,
+    autocast_dtype: torch.dtype | None,  # at the head
 ) -> None:
     """Compares and remembers.
 
     Raises:
         UnsupportedModel: the logits differ.
     """
-    rows, head = bind_head(lm, rows[0], with_dropout=False)
+    sixteen_bit = autocast_dtype is not None or rows.element_size() == 2
+    rows, head = bind_head(lm, rows[0], with_dropout=False, autocast=autocast_dtype is not None)
     logits = logits[0].to(head.weight.device)
     name = type(lm).__name__
     if logits.shape != (rows.shape[0], head.vocab_size):
@@ -95,7 +95,7 @@ def verify(
             f"{_advice(name)}"
         )
     if (comparable & (limit > 0)).any():  # logits of 0 agree with anything
-        _verified[head_module] = _subject(head_module, lm, rule)
+        _remember(head_module, subject)
 
 
 def _advice(name: str) -> str:

@@ -23,7 +23,7 @@ def causal_lm(model: nn.Module) -> Any:
         UnsupportedModel: it is none, by its class or its configuration. (What only its forward
             shows, `fastdpo.integrations.capture.examine` finds.)
     """
-    lm = _innermost(model)
+    lm: Any = wrappers(model)[-1]
     if not callable(getattr(lm, "get_output_embeddings", None)) or not hasattr(lm, "config"):
         raise UnsupportedModel(
             f"model: expected a Hugging Face causal language model, got {type(lm).__name__}"
@@ -63,14 +63,16 @@ def peft_model(model: nn.Module) -> Any | None:
     return model
 
 
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """The model, what it wraps, and so on, down to the causal language model."""
+    found = [model]
+    while (inner := _inner(found[-1])) is not found[-1]:
+        found.append(inner)
+    return found
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
-
-
-def _innermost(model: nn.Module) -> nn.Module:
-    while (inner := _inner(model)) is not model:
-        model = inner
-    return model
 
 
 def _inner(model: Any) -> nn.Module:
