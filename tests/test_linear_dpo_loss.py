@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate, eager_logps
 
-from fastdpo import objectives, sequences
+from fastdpo import objectives
+from fastdpo.core import sequences
 from fastdpo.loss import linear_dpo_loss, linear_logps
 
 B, T, D, V = 3, 11, 24, 331

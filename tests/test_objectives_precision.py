@@ -222,15 +222,11 @@ def test_what_weighs_nothing_adds_nothing_to_a_sum():
     """0 · ∞ of an impossible answer, in a sum of objectives and in WPO."""
     logps = torch.tensor([-1.0, -math.inf, -3.0, -2.0], requires_grad=True)
     refs, lengths = torch.full((4,), -2.0), torch.tensor([2, 2, 2, 2])
-    both = resolve(
-        {"hinge": 0.0, "apo_zero": 1.0}, beta=BETA, has_reference=True, options={}
-    )
+    both = resolve({"hinge": 0.0, "apo_zero": 1.0}, beta=BETA, has_reference=True, options={})
     alone = resolve("apo_zero", beta=BETA, has_reference=True, options={})
     batch = SequenceLogps(logps, refs, lengths)
     assert both(batch).loss.equal(alone(batch).loss)
-    weighted = resolve(
-        "sigmoid", beta=BETA, has_reference=True, options={"use_weighting": True}
-    )
+    weighted = resolve("sigmoid", beta=BETA, has_reference=True, options={"use_weighting": True})
     weights = torch.tensor([0.5, 0.0, 1.0, 1.0])
     loss = weighted(SequenceLogps(logps, refs, lengths, weights=weights)).loss
     (grad,) = torch.autograd.grad(loss, logps)

@@ -116,9 +116,7 @@ def ref_bco_pair(s: Sample) -> mpf:
     delta = float(s.options.get("delta", 0.0))
 
     def loss(w: int, lo: int) -> mpf:
-        return -log_sigmoid(s.beta * s.ratio(w) - delta) - log_sigmoid(
-            delta - s.beta * s.ratio(lo)
-        )
+        return -log_sigmoid(s.beta * s.ratio(w) - delta) - log_sigmoid(delta - s.beta * s.ratio(lo))
 
     return s.mean_over_pairs(loss)
 
@@ -360,9 +358,7 @@ def compare(name: str, sample: Sample, options: dict[str, object]) -> None:
         has_reference=not refused,
         options=options,
     )
-    logps = torch.tensor(
-        [float(x) for x in sample.logps], dtype=torch.float64, requires_grad=True
-    )
+    logps = torch.tensor([float(x) for x in sample.logps], dtype=torch.float64, requires_grad=True)
     refs = torch.tensor([float(x) for x in sample.refs], dtype=torch.float64)
     nll = torch.tensor(float(sample.nll), dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor(sample.lengths)

@@ -152,8 +152,7 @@ def _check_roles(name: str, answer: Sequence[Message]) -> None:
         )
     if answer[-1]["role"] != "assistant":
         raise ValueError(
-            f"{name!r} should end in an assistant's message, got one of role "
-            f"{answer[-1]['role']!r}"
+            f"{name!r} should end in an assistant's message, got one of role {answer[-1]['role']!r}"
         )
     if not any(m["content"].strip() for m in answer if m["role"] == "assistant"):
         raise ValueError(f"{name!r} is empty")
