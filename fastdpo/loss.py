@@ -60,7 +60,7 @@ def linear_logps(
     stats: Sequence[str] = (),
     workspace_bytes: int | None = None,
     backend: str | None = None,
-    row_index: Tensor | None = None,  # [N]
+    row_index: Tensor | rows.Rows | None = None,  # [N]
     vocab_parallel: VocabParallel | None = None,
 ) -> Tensor | LinearLogps:
     """Per-token log-probabilities of `labels` under an lm_head, without materializing the logits.
@@ -149,7 +149,7 @@ def linear_dpo_loss(
     workspace_bytes: int | None = None,
     backend: str | None = None,
     cu_seqlens: Tensor | None = None,  # [2B + 1]
-    row_index: Tensor | None = None,  # [N]
+    row_index: Tensor | rows.Rows | None = None,  # [N]
     stats: Sequence[str] = (),
     vocab_parallel: VocabParallel | None = None,
     sequence_parallel: SequenceParallel | None = None,

@@ -72,7 +72,8 @@ class _TokenLogps(torch.autograd.Function):
             # All of it as saved tensors, E as well: freed when the backward is done, and seen by
             # checkpointing and offloading.
             ctx.save_for_backward(*inputs, rows.labels, rows.index, rows.count, *saved)
-            ctx.columns, ctx.shape, ctx.call, ctx.needs = columns, rows.shape, call, needs
+            ctx.columns, ctx.call, ctx.needs = columns, call, needs
+            ctx.shape, ctx.vocab_size = rows.shape, rows.vocab_size
             ctx.curve, ctx.dtype = (head.scale, head.softcap, head.temperature), hidden.dtype
         ctx.mark_non_differentiable(
             *(s for name, s in zip(call.stats, stats, strict=True) if name != "entropy")
@@ -88,7 +89,8 @@ class _TokenLogps(torch.autograd.Function):
         if count is not None:
             if grad_logps is None and entropy is None:
                 return (None,) * 7
-            head, rows = Head(weight, bias, *ctx.curve), Rows(labels, index, ctx.shape, None, count)
+            head = Head(weight, bias, *ctx.curve)
+            rows = Rows(labels, index, ctx.shape, ctx.vocab_size, None, count)
             grads = _backward_by_operator(
                 grad_logps, entropy, hidden, head, rows, ctx.call, ctx.needs, saved
             )
@@ -97,7 +99,7 @@ class _TokenLogps(torch.autograd.Function):
             raise RuntimeError(linear.NO_STATISTICS_GRADIENT)
         if grad_logps is None:
             return (None,) * 7
-        rows = Rows(labels, index, ctx.shape)
+        rows = Rows(labels, index, ctx.shape, ctx.vocab_size)
         kept = None
         if flat is not None:
             # Its memory is scratch afterwards, unless the graph will be gone through again.
@@ -198,7 +200,7 @@ def _forward(
     there is none).
     """
     call, needs = Call.from_text(call_text), Needs(*needed)
-    rows = selected(labels, index, count)
+    rows = selected(labels, index, count, weight.shape[0])
     outputs = _empty_outputs(hidden, weight, labels, call, needs)
     logps, others, entropy, state, product, flat = outputs
     head = Head(weight, bias, scale, softcap, temperature)
@@ -254,7 +256,7 @@ def _backward(
             raise RuntimeError(linear.NO_STATISTICS_GRADIENT)
     call, needs = Call.from_text(call_text), Needs(*needed)
     head = Head(weight, bias, scale, softcap, temperature)
-    rows = selected(labels, index, count)
+    rows = selected(labels, index, count, weight.shape[0])
     n = rows.labels.shape[0]
     grad_rows = rows.gather(grad_logps)
     if product.numel():

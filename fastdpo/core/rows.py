@@ -12,6 +12,7 @@ positions are rows, the operators of `core.operator` select those that carry los
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ class Rows:
     labels: Tensor  # [N]
     index: Tensor | None  # [N] positions among the M, ascending; None where all of them carry loss
     shape: torch.Size  # of all labels, M in number
+    vocab_size: int  # that the labels were checked against
     carries: Tensor | None = None  # of that shape, bool; None where no sequence is asked for
     count: Tensor | None = None  # [] int64 on the CPU, while deferred: how many of index to take
 
@@ -50,6 +52,13 @@ class Rows:
     def at_labels(self, values: Tensor) -> Tensor:  # [N] -> shaped like the labels
         return self.scatter(values).view(self.shape)
 
+    def to(self, device: torch.device) -> Rows:
+        if self.labels.device == device:
+            return self
+        index, carries = (None if t is None else t.to(device) for t in (self.index, self.carries))
+        labels = self.labels.to(device)
+        return dataclasses.replace(self, labels=labels, index=index, carries=carries)
+
     def segments(
         self,
         cu_seqlens: Tensor | None,  # [S + 1], of a packed batch
@@ -66,16 +75,21 @@ def find(
     labels: Tensor,  # [...]
     ignore_index: int,
     vocab_size: int,
-    row_index: Tensor | None = None,  # [N] positions among the flattened, where the caller knows
+    row_index: Tensor | Rows | None = None,  # [N] positions among the flattened, if known
 ) -> Rows:
     """The rows that carry loss. On a GPU this waits for the device once, for their number and for
     whether every label is in range; with `row_index` it waits for nothing, and a label out of range
-    trips a device-side assertion.
+    trips a device-side assertion. Rows that were found before are taken as they are.
 
     Raises:
         ValueError: a label is neither in [0, V) nor `ignore_index`, or row_index is not what it
             should be. While a tracer records, this is raised when the graph runs.
     """
+    if isinstance(row_index, Rows):
+        assert row_index.shape == labels.shape
+        if row_index.vocab_size == vocab_size:
+            return row_index
+        row_index = None  # a reference with another vocabulary: these are to be checked as well
     checks.ignored(ignore_index)
     flat = labels.flatten()
     if row_index is not None:
@@ -83,16 +97,16 @@ def find(
     if is_traced(labels):
         index, count = torch.ops.fastdpo.rows(flat, ignore_index, vocab_size, row_index)
         carries = labels != ignore_index if row_index is None else _marked(labels, row_index)
-        return Rows(flat, index, labels.shape, carries, count)
+        return Rows(flat, index, labels.shape, vocab_size, carries, count)
     if row_index is not None:
         picked = flat.index_select(0, row_index)
         checks.picked_labels(picked, vocab_size)
-        return Rows(picked, row_index, labels.shape, _marked(labels, row_index))
+        return Rows(picked, row_index, labels.shape, vocab_size, _marked(labels, row_index))
     carries, number = checks.label_values(labels, ignore_index, vocab_size)
     if number == flat.numel():
-        return Rows(flat, None, labels.shape, carries)
+        return Rows(flat, None, labels.shape, vocab_size, carries)
     index = torch.nonzero_static(carries.flatten(), size=number).squeeze(1)
-    return Rows(flat.index_select(0, index), index, labels.shape, carries)
+    return Rows(flat.index_select(0, index), index, labels.shape, vocab_size, carries)
 
 
 def _marked(labels: Tensor, row_index: Tensor) -> Tensor:  # [...], [N] -> [...] bool
@@ -151,9 +165,10 @@ def selected(
     labels: Tensor,  # [M]
     index: Tensor,  # [M] or [N]
     count: Tensor,  # []
+    vocab_size: int,
 ) -> Rows:
     """Deferred rows, found: what an operator makes of its arguments."""
     n = int(count)
     if n == labels.shape[0]:
-        return Rows(labels, None, labels.shape)
-    return Rows(labels.index_select(0, index[:n]), index[:n], labels.shape)
+        return Rows(labels, None, labels.shape, vocab_size)
+    return Rows(labels.index_select(0, index[:n]), index[:n], labels.shape, vocab_size)

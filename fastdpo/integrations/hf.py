@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastdpo import loss as core
 from fastdpo import objectives
 from fastdpo.core import rows
+from fastdpo.core.rows import Rows
 from fastdpo.integrations.batches import (
     IGNORE_INDEX,
     PreferenceBatch,
@@ -218,7 +219,7 @@ def dpo_loss(
         options=objective_options,
     )
     parts = preference_batch(batch, resolved)
-    row_index = parts.row_index
+    found: Rows | Tensor | None = parts.row_index
     if ref_adapter is not None and (
         reference_free or ref_model is not None or parts.ref_logps is not None
     ):
@@ -238,7 +239,7 @@ def dpo_loss(
             raise ValueError(f"ref_model should be None where the batch has {given}")
         ref_logps = parts.ref_logps
     else:
-        ref_logps, row_index = _reference_logps(
+        ref_logps, found = _reference_logps(
             model, ref_model, ref_adapter, parts, resolved, temperature, backend
         )
     model_kwargs = dict(parts.model_kwargs)
@@ -252,7 +253,7 @@ def dpo_loss(
             captured.head.weight,
             shift_labels(parts.labels).to(device),
             ref_logps=None if ref_logps is None else ref_logps.to(device),
-            row_index=None if row_index is None else row_index.to(device),
+            row_index=None if found is None else found.to(device),
             beta=beta,
             objective=objective,
             label_smoothing=label_smoothing,
@@ -312,9 +313,9 @@ def _reference_logps(
     resolved: objectives.ResolvedObjective,
     temperature: float,
     backend: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Per token [S, T], aligned with the shifted labels, and the rows that carry loss [N]: found
-    once, for the policy as well.
+) -> tuple[Tensor, Rows]:
+    """Per token [S, T], aligned with the shifted labels, and the rows that carry loss: found once,
+    for the policy as well.
     """
     reference = model if ref_model is None else ref_model
     with ExitStack() as stack:
@@ -330,35 +331,28 @@ def _reference_logps(
             stack.enter_context(with_adapter(peft, name))
         stack.enter_context(without_dropout(reference))
         captured = capture(reference, parts.input_ids, parts.attention_mask, **parts.model_kwargs)
-        labels, row_index = _rows(captured, parts)
+        labels = shift_labels(parts.labels).to(captured.hidden.device)
+        found = find_rows(labels, captured.vocab_size, parts.row_index)
         logps = captured_logps(
-            captured, labels, row_index=row_index, temperature=temperature, backend=backend
+            captured, labels, row_index=found, temperature=temperature, backend=backend
         )
     assert isinstance(logps, Tensor)  # no stats were asked for
-    return logps, row_index
-
-
-def _rows(captured: Captured, parts: PreferenceBatch) -> tuple[Tensor, Tensor | None]:
-    """The shifted labels [S, T], checked, and which of them carry loss; None where all do."""
-    labels = shift_labels(parts.labels).to(captured.hidden.device)
-    if parts.row_index is not None:
-        return labels, parts.row_index.to(labels.device)
-    if torch.compiler.is_compiling():
-        return labels, None
-    return labels, find_rows(labels, captured.vocab_size)
+    return logps, found
 
 
 def find_rows(
     shifted_labels: Tensor,  # [S, T]
     vocab_size: int,
-) -> Tensor | None:
-    """The positions [N] that predict a token with loss, or None where all do: on a GPU, the one
-    wait of a step.
+    row_index: Tensor | None = None,  # [N], as `with_row_index` adds it
+) -> Rows:
+    """The positions that predict a token with loss: on a GPU, the one wait of a step, for policy
+    and reference.
 
     Raises:
         ValueError: a label lies outside the vocabulary.
     """
-    return rows.find(shifted_labels, IGNORE_INDEX, vocab_size).index
+    index = None if row_index is None else row_index.to(shifted_labels.device)
+    return rows.find(shifted_labels, IGNORE_INDEX, vocab_size, index)
 
 
 def _at_tokens(tokens: core.LinearLogps) -> core.LinearLogps:

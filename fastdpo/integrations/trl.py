@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.core import checks
+from fastdpo.core.autograd import is_traced
+from fastdpo.core.rows import Rows
 from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
 from fastdpo.integrations.capture import capture, examine
 from fastdpo.integrations.hf import captured_logps, find_rows
@@ -103,20 +105,20 @@ class _LastRows:
     def __init__(self) -> None:
         self._labels: Callable[[], Tensor | None] = lambda: None
         self._version = 0
-        self._index: Tensor | None = None  # [N]
+        self._rows: Rows | None = None
 
-    def index(
+    def find(
         self,
         labels: Tensor,  # [S, T]
         shifted: Tensor,  # [S, T] the same, shifted, on the hidden states' device
         vocab_size: int,
-    ) -> Tensor | None:  # [N], or None: to be found by whoever needs it
-        if torch.compiler.is_compiling() or labels.is_inference():
-            return None
-        if self._labels() is not labels or self._version != labels._version:
-            self._index = find_rows(shifted, vocab_size)  # first, as it may raise
+    ) -> Rows:
+        if is_traced(labels) or labels.is_inference():
+            return find_rows(shifted, vocab_size)
+        if self._rows is None or self._labels() is not labels or self._version != labels._version:
+            self._rows = find_rows(shifted, vocab_size)  # first, as it may raise
             self._labels, self._version = weakref.ref(labels), labels._version
-        return None if self._index is None else self._index.to(shifted.device)
+        return self._rows.to(shifted.device)
 
 
 def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options: Any) -> None:
@@ -142,8 +144,8 @@ def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options
             examine(self, labels.device, labels=labels, forward=own, **kwargs)
             captured = capture(self, *args, forward=own, **kwargs)
         shifted = shift_labels(labels).to(captured.hidden.device)
-        index = rows.index(labels, shifted, captured.vocab_size)
-        tokens = captured_logps(captured, shifted, row_index=index, stats=stats, **options)
+        found = rows.find(labels, shifted, captured.vocab_size)
+        tokens = captured_logps(captured, shifted, row_index=found, stats=stats, **options)
         if isinstance(tokens, Tensor):
             tokens = LinearLogps(tokens)
         # TRL's columns are the positions that predict: all but the last.
