@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels --static                     the essential variants
     python -m benchmarks.kernels --static --all --arch sm_90  every shipped one, of one architecture
-    python -m benchmarks.kernels --static --arch sm_90 --readme   the README's table
+    python -m benchmarks.kernels --static --arch sm_90 --write    the table of docs/kernels.md
 
 Registers, spills, shared memory, and tensor-core and bulk-copy instructions are read from the
 binaries that Triton compiles for each architecture. The last column is the time that one launch
@@ -33,9 +33,10 @@ _PROCESSORS = 132
 _N, _FEW, _V, _D, _SEQUENCES = 4096, 64, 128256, 4096, 64
 _STATS = {"entropy", "log_sum_sq_probs", "mean_logits", "is_top1"}
 _LAST = "at least, by a model of an H200"
+PAGE = report.ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- static:begin -->", "<!-- static:end -->"
-# The README's rows: kernel, called as, what that is.
-_README = (
+# The page's rows: kernel, called as, what that is.
+_ROWS = (
     ("exp_logits_tma", "half+out", "with E"),
     ("exp_logits_tma", "half", "without E"),
     ("exp_logits_tma", "half+out+softcap", "with E and softcap"),
@@ -94,13 +95,13 @@ def predicted(row: dict[str, Any]) -> Work:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The README's table, from the rows of sm_90."""
+    """The table of docs/kernels.md, from the rows of sm_90."""
     lines = [
         f"| kernel, bf16 | tile | registers | spills | shared memory | HGMMA | TMA loads / stores "
         f"| {_LAST} |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for kernel, variant, what in _README:
+    for kernel, variant, what in _ROWS:
         # The second of those that do something for flagged rows: the first finds maxima.
         row = [
             r
@@ -123,10 +124,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def in_readme(text: str, section: str) -> str:
-    """The README's text with the table between its markers."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
+def in_page(text: str, section: str) -> str:
+    """The page's text with the table between its markers."""
+    return report.with_section(text, section, BEGIN, END)
 
 
 def _brief(seconds: float) -> str:
@@ -172,10 +172,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--all", action="store_true", help="every shipped variant")
     parser.add_argument("--rows", type=Path, help="also write the rows, as JSON, here")
-    parser.add_argument("--readme", action="store_true", help="also write the README's table")
+    parser.add_argument("--write", action="store_true", help="also write docs/kernels.md's table")
     options = parser.parse_args(arguments)
-    if options.readme and _H200 not in options.arch:
-        parser.error(f"the README's table is that of {_H200}")
+    if options.write and _H200 not in options.arch:
+        parser.error(f"docs/kernels.md has the table of {_H200}")
     found: list[dict[str, Any]] = []
     for arch in options.arch:
         rows = list(compiled([arch], options.all))
@@ -183,8 +183,8 @@ def main(arguments: list[str]) -> int:
         found += rows
         if options.rows:
             options.rows.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    if options.readme:
+    if options.write:
         section = markdown([row for row in found if row["arch"] == _H200])
-        report.README.write_text(in_readme(report.README.read_text(), section))
+        PAGE.write_text(in_page(PAGE.read_text(), section))
     tables.console.print(f"The last column models an {kernels_model.H200}.")
     return 0

@@ -1,4 +1,4 @@
-"""The README's plots, from a document alone."""
+"""The plots of docs/benchmarks.md, from a document alone."""
 
 from __future__ import annotations
 

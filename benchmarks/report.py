@@ -1,8 +1,8 @@
-"""python -m benchmarks.report: the README's section from benchmarks/results/*.json.
+"""python -m benchmarks.report: docs/benchmarks.md and the README's table from results/*.json.
 
-    python -m benchmarks.report            print the section
-    python -m benchmarks.report --write    write it between the README's markers
-    python -m benchmarks.report --check    exit with 1 where the README says anything else
+    python -m benchmarks.report            print the page's section
+    python -m benchmarks.report --write    write both between their markers
+    python -m benchmarks.report --check    exit with 1 where either says anything else
     python -m benchmarks.report --plots    draw the plots again from the JSON
 
 Every figure comes from the documents; a peer that is faster or smaller than fastdpo is named under
@@ -16,11 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import documents, plots, sections
+from benchmarks import documents, headline, plots, sections
 from benchmarks.documents import RESULTS
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+HEADLINE_BEGIN, HEADLINE_END = "<!-- headline:begin -->", "<!-- headline:end -->"
 DRAW = {
     "loss": plots.loss,
     "workspace": plots.workspace,
@@ -31,7 +33,7 @@ DRAW = {
 
 
 def render(docs: dict[str, dict[str, Any]], folder: Path = RESULTS) -> str:
-    """The section's markdown, GPU figures first."""
+    """The page's section in Markdown, GPU figures first."""
     parts = []
     on_gpu = {k: d for k, d in docs.items() if d["environment"]["device"] == "cuda"}
     counted = {k: d for k, d in docs.items() if d["kind"] == "counted"}
@@ -54,27 +56,27 @@ def render(docs: dict[str, dict[str, Any]], folder: Path = RESULTS) -> str:
             parts.append(sections.RENDER[doc["kind"]](doc))
             for plot, what in ((f"{name}.png", ""), (f"{name}-tokens.png", ", against tokens")):
                 if (folder / plot).exists():
-                    parts.append(f"![{doc['title']}{what}](benchmarks/results/{plot})")
+                    parts.append(f"![{doc['title']}{what}](../benchmarks/results/{plot})")
     return "\n\n".join(parts)
 
 
-def section_of(text: str) -> str | None:
+def section_of(text: str, begin: str = BEGIN, end: str = END) -> str | None:
     """What stands between the markers; None without them."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         return None
-    return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()
+    return text[text.index(begin) + len(begin) : text.index(end)].strip()
 
 
-def with_section(text: str, section: str) -> str:
+def with_section(text: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `section` between its markers.
 
     Raises:
         ValueError: where the text does not hold each marker once, in order.
     """
-    if section_of(text) is None:
-        raise ValueError(f"the README should hold {BEGIN} and {END} once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
+    if section_of(text, begin, end) is None:
+        raise ValueError(f"the text should hold {begin} and {end} once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{section}\n{end}{rest.split(end)[1]}"
 
 
 def draw(docs: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -88,6 +90,7 @@ def main() -> None:
         prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0]
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of JSON documents")
+    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--readme", type=Path, default=README)
     action = parser.add_mutually_exclusive_group()
     for flag in ("--write", "--check", "--plots"):
@@ -98,13 +101,17 @@ def main() -> None:
         draw(docs, args.results)
         return
     section = render(docs, args.results)
-    if args.write:
-        args.readme.write_text(with_section(args.readme.read_text(), section))
-    elif args.check:
-        if section_of(args.readme.read_text()) != section:
-            sys.exit("the README's figures are not those of benchmarks/results: run --write")
-    else:
+    if not args.write and not args.check:
         print(section)
+        return
+    for path, text, begin, end in (
+        (args.page, section, BEGIN, END),
+        (args.readme, headline.table(docs), HEADLINE_BEGIN, HEADLINE_END),
+    ):
+        if args.write:
+            path.write_text(with_section(path.read_text(), text, begin, end))
+        elif section_of(path.read_text(), begin, end) != text:
+            sys.exit(f"{path}: the figures are not those of benchmarks/results: run --write")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Documents, the README's section and its figures, the plots, and the script for a GPU."""
+"""Documents, the pages made from them, the plots, and the script for a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, documents, loss, plots, report, runner, sections, workspace
+from benchmarks import (
+    accuracy,
+    documents,
+    headline,
+    loss,
+    plots,
+    report,
+    runner,
+    sections,
+    workspace,
+)
 from benchmarks.environment import environment
 from benchmarks.measure import Deadline, Protocol
 from benchmarks.promises import by_dtype
@@ -163,24 +173,42 @@ def test_the_section_says_what_the_document_says(loss_doc):
 
 
 def test_the_section_goes_between_the_markers():
-    readme = f"a\n{report.BEGIN}\nold\n{report.END}\nz\n"
-    written = report.with_section(readme, "new")
+    page = f"a\n{report.BEGIN}\nold\n{report.END}\nz\n"
+    written = report.with_section(page, "new")
     assert written == f"a\n{report.BEGIN}\nnew\n{report.END}\nz\n"
     assert report.section_of(written) == "new"
-    for broken in ("a", report.BEGIN, f"{report.END}{report.BEGIN}", readme + readme):
+    for broken in ("a", report.BEGIN, f"{report.END}{report.BEGIN}", page + page):
         assert report.section_of(broken) is None
-        with pytest.raises(ValueError, match="README"):
+        with pytest.raises(ValueError, match="once each"):
             report.with_section(broken, "new")
 
 
-def test_the_readmes_figures_are_those_of_the_results():
+def test_the_documented_figures_are_those_of_the_results():
     docs = documents.load_all()
-    if not docs:  # nothing measured: nothing may be claimed
-        assert report.section_of(report.README.read_text()) in (None, "", report.render({}))
-        return
-    section = report.section_of(report.README.read_text())
-    assert section is not None, f"README.md should hold {report.BEGIN} and {report.END}"
+    section = report.section_of(report.PAGE.read_text())
     assert section == report.render(docs), "run python -m benchmarks.report --write"
+    markers = report.HEADLINE_BEGIN, report.HEADLINE_END
+    table = report.section_of(report.README.read_text(), *markers)
+    assert table == headline.table(docs), "run python -m benchmarks.report --write"
+
+
+def test_the_headline_has_every_row_and_a_peer_that_is_faster():
+    docs = documents.load_all()
+    rows = headline.table(docs).splitlines()
+    assert len(rows) == 2 + len(headline.ROWS) == 7
+    loss = docs["cpu-loss"]
+    name = "llama-3-vocab-d512 512 100% head bf16"
+    peers = [
+        r
+        for r in loss["results"]
+        if r["scenario"]["name"] == name and r["status"] == "ok" and "fastdpo" not in r["provider"]
+    ]
+    timed = [r for r in peers if r["provider"] not in ("products", "eager")]
+    fastest = min(timed, key=lambda r: r["seconds"]["median"])
+    (row,) = [row for row in rows if "bf16, 512 tokens" in row]
+    assert f"`{fastest['provider']}`" in row
+    without = {k: d for k, d in docs.items() if k != "counted"}
+    assert len(headline.table(without).splitlines()) == 5  # nothing is claimed that is not there
 
 
 def test_every_kind_of_document_has_a_section():
@@ -253,8 +281,9 @@ def test_the_section_shows_both_plots(loss_doc, tmp_path):
     assert "against tokens" not in report.render({"cpu-loss": loss_doc}, tmp_path)
     (tmp_path / "cpu-loss-tokens.png").touch()
     section = report.render({"cpu-loss": loss_doc}, tmp_path)
-    assert "![The DPO loss step](benchmarks/results/cpu-loss.png)" in section
-    assert "![The DPO loss step, against tokens](benchmarks/results/cpu-loss-tokens.png)" in section
+    assert "![The DPO loss step](../benchmarks/results/cpu-loss.png)" in section
+    plot = "../benchmarks/results/cpu-loss-tokens.png"
+    assert f"![The DPO loss step, against tokens]({plot})" in section
 
 
 def test_suites_of_a_gpu_stop_in_time(monkeypatch, tmp_path):

@@ -1,5 +1,5 @@
-"""The cost of a call, counted: how many [rows × V × D] products run, and what is allocated (DESIGN
-2.1, 2.2).
+"""The cost of a call, counted: how many [rows × V × D] products run, and what is allocated
+(docs/design.md, "The schedule" and docs/design.md, "The workspace").
 """
 
 from __future__ import annotations

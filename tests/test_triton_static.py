@@ -189,13 +189,13 @@ def test_layouts_are_compared_along_columns():
     assert along_columns(amd) != along_columns(amd.replace("[2, 4]", "[4, 2]"))
 
 
-def test_the_readmes_table_is_what_was_compiled():
-    readme = static.report.README.read_text()
-    version = re.search(r"What ptxas made of them under Triton (\d+\.\d+)", readme)[1]
+def test_the_documented_table_is_what_was_compiled():
+    page = static.PAGE.read_text()
+    version = re.search(r"What ptxas made of them under Triton (\d+\.\d+)", page)[1]
     if not pytest.importorskip("triton").__version__.startswith(f"{version}."):
         pytest.skip(f"the table is of Triton {version}")
     table = static.markdown([asdict(k) for k in _essential()["sm_90"]])
-    assert static.in_readme(readme, table) == readme, "benchmarks.kernels --static --readme"
+    assert static.in_page(page, table) == page, "python -m benchmarks.kernels --static --write"
 
 
 def test_the_model_knows_every_kernel_and_the_length_of_the_epilogue():

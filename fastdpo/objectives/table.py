@@ -12,7 +12,7 @@ tokens, a = log π / n, σ the logistic function, β `beta`, ε `label_smoothing
 
 
 def markdown_table() -> str:
-    """The README's table of objectives and common options, in Markdown."""
+    """The tables of docs/objectives.md, objectives and common options, in Markdown."""
     rows = [
         _row("objective", "formula", "own options", "ε", "reference", "f-divergence", "paper"),
         _row(*["---"] * 7),

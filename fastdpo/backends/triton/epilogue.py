@@ -1,4 +1,5 @@
-"""From a tile of products to exponentials and their sums: DESIGN 2.3, in registers.
+"""From a tile of products to exponentials and their sums, in registers (docs/design.md, "The
+epilogue").
 
     d_tv = z_tv − anchor_t        e_tv = exp(d_tv) for v ≠ y_t, else 0        E_tv = e_tv · slope_tv
 
