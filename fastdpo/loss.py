@@ -158,16 +158,16 @@ def linear_dpo_loss(
     """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al.,
     arXiv 2305.18290).
 
-        loss = mean over pairs of −log σ(β · (h(chosen) − h(rejected)))     h = Σ_t log π − log
-        π_ref
+        loss = mean over pairs of −log σ(β · (h(chosen) − h(rejected)))   h = Σ_t log π − log π_ref
 
     for the default objective; see `fastdpo.objectives.OBJECTIVES` for the others.
 
     Args:
         hidden: [2B, T, D] the policy's last hidden states; or packed, [N, D] with `cu_seqlens`.
-        weight, bias, logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend,
-            row_index, vocab_parallel: the head and the options of `linear_logps`. Scale, softcap,
-                temperature and the spread over processes are the reference head's too.
+        weight, bias, logit_scale, softcap, temperature, vocab_parallel: the head, as in
+            `linear_logps`. Scale, softcap, temperature and the spread over processes are the
+            reference head's too.
+        ignore_index, workspace_bytes, backend, row_index: as in `linear_logps`.
         labels: [2B, T] (packed: [N]), aligned with hidden: the label of a position is the token to
             predict there.
         ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss
@@ -278,9 +278,9 @@ def logits_dpo_loss(
         ref_logps: the reference's log-probabilities: [2B] per sequence, as they enter the loss
             (averages where `average_log_prob`, weighted where `ld_alpha`), or per token, shaped
             like labels. None: the loss is reference-free.
-        beta, objective, label_smoothing, average_log_prob, pairs, ignore_index, backend,
-            cu_seqlens, **objective_options: as in `linear_dpo_loss`; `use_weighting` needs hidden
-                states.
+        beta, objective, label_smoothing, average_log_prob, pairs: as in `linear_dpo_loss`.
+        ignore_index, backend, cu_seqlens: as in `linear_dpo_loss`.
+        **objective_options: as in `linear_dpo_loss`; `use_weighting` needs hidden states.
         logit_scale, softcap, temperature: what is still to be done to the logits, as in
             `linear_logps`.
         inplace_backward: let the backward write the logits' gradient over the logits, which saves
@@ -380,8 +380,8 @@ def preference_loss(
     `preference_loss`.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
-            reference_rejected_logps: [B] each.
+        policy_chosen_logps, policy_rejected_logps: [B] each.
+        reference_chosen_logps, reference_rejected_logps: [B] each.
         beta: positive.
         label_smoothing: in [0, 0.5); conservative DPO (Mitchell 2023).
         ipo: the IPO loss (Azar et al., arXiv 2310.12036) instead; label smoothing does not apply to

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import fastdpo.loss
+from fastdpo.integrations import hf
+from fastdpo.integrations.trl import use_fastdpo
 from fastdpo.objectives import markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +69,22 @@ def test_every_environment_variable_is_in_the_table():
     read |= set(re.findall(r"FASTDPO_[A-Z0-9_]+[A-Z0-9]", text(ROOT / "setup.py")))
     listed = set(re.findall(r"^\| `(FASTDPO_\w+)` \|", text(DOCS / "environment.md"), re.MULTILINE))
     assert listed == read - MACROS
+
+
+PUBLIC = [
+    *(getattr(fastdpo.loss, name) for name in fastdpo.loss.__all__ if name in fastdpo.__all__),
+    *(getattr(hf, name) for name in ("dpo_loss", "sequence_logps")),
+    use_fastdpo,
+]
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda f: f.__name__)
+def test_every_argument_of_a_public_function_is_described(function):
+    """In an entry that the documentation's parser reads: its names on one line."""
+    described = inspect.getdoc(function).split("Args:\n")[1].split("\n\n")[0]
+    entries = re.findall(r"^    ([\w*][\w*, ]*):", described, re.MULTILINE)
+    names = {name.strip().lstrip("*") for entry in entries for name in entry.split(",")}
+    assert names == set(inspect.signature(function).parameters)
 
 
 def refused_arguments() -> set[str]:
