@@ -45,7 +45,7 @@ class CannotBuild(RuntimeError):
 def mode() -> str:
     value = os.environ.get("FASTDPO_BUILD_CUDA") or "auto"
     if value not in MODES:
-        raise ValueError(f"FASTDPO_BUILD_CUDA must be one of {', '.join(MODES)}, got {value!r}")
+        raise ValueError(f"FASTDPO_BUILD_CUDA should be one of {', '.join(MODES)}, got {value!r}")
     return value
 
 

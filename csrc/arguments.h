@@ -26,7 +26,7 @@ inline int64_t integer(const py::int_& value, const char* name, int64_t least, i
   if (overflow != 0)
     refuse(name, "does not fit in 64 bits, got " + py::str(value).cast<std::string>());
   if (number < least || number > most) {
-    refuse(name, "must be between " + std::to_string(least) + " and " + std::to_string(most) +
+    refuse(name, "should be between " + std::to_string(least) + " and " + std::to_string(most) +
                      ", got " + std::to_string(number));
   }
   return number;
@@ -55,7 +55,7 @@ inline DType dtype(const py::int_& value, const char* name) {
 
 inline float number(double value, const char* name) {
   if (!std::isfinite(value) || std::fabs(value) > std::numeric_limits<float>::max()) {
-    refuse(name, "must be a finite float32, got " + std::to_string(value));
+    refuse(name, "should be a finite float32, got " + std::to_string(value));
   }
   return static_cast<float>(value);
 }
@@ -73,7 +73,7 @@ T* pointer(const py::int_& value, const char* name, int64_t size, bool optional 
     refuse(name, "null pointer");
   }
   if (address % static_cast<unsigned long long>(size) != 0) {
-    refuse(name, "misaligned, the address must be a multiple of the element's " +
+    refuse(name, "misaligned, the address should be a multiple of the element's " +
                      std::to_string(size) + " bytes");
   }
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));

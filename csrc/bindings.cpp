@@ -75,9 +75,9 @@ cudaStream_t stream_handle(const py::int_& value) {  // 0 is the default stream
 LogitMap logit_map(double scale, double softcap, double temperature) {
   number(scale, "scale");
   if (!(softcap >= 0.0) || std::isinf(softcap))
-    refuse("softcap", "must be positive and finite, or 0 for none");
+    refuse("softcap", "should be positive and finite, or 0 for none");
   if (!(temperature > 0.0) || std::isinf(temperature))
-    refuse("temperature", "must be positive and finite");
+    refuse("temperature", "should be positive and finite");
   const float gain = number(scale / temperature, "temperature");
   if (softcap == 0.0) return {gain, 1.0f, gain};
   return {number(scale / softcap, "softcap"), number(softcap / temperature, "softcap"), gain};
@@ -128,7 +128,7 @@ void bind_logits_forward(const py::int_& logits, const py::int_& dtype_tag, cons
       "row_stride");
   const int64_t needed = forward_workspace_bytes(dtype_tag, rows_, vocab);
   if (count(workspace_bytes, "workspace_bytes") < needed) {
-    refuse("workspace_bytes", "must be at least " + std::to_string(needed));
+    refuse("workspace_bytes", "should be at least " + std::to_string(needed));
   }
   char* memory = pointer<char>(workspace, "workspace", 8, needed == 0);
   p.counters = second_launch ? nullptr : reinterpret_cast<unsigned*>(memory);
@@ -171,7 +171,7 @@ void bind_logits_backward(const py::int_& logits, const py::int_& dtype_tag, con
   written.check("out_stride");
   Matrix{reinterpret_cast<uintptr_t>(p.grad), rows, 1, p.grad_stride, 4}.check("grad_stride");
   if (rows > 1 && p.out_stride < p.vocab)
-    refuse("out_stride", "rows of out overlap, must be at least vocab");
+    refuse("out_stride", "rows of out overlap, should be at least vocab");
   const bool in_place =
       p.out == p.logits && type == out_type && (p.out_stride == p.row_stride || rows == 1);
   if (!empty && !in_place && read.overlaps(written)) {
@@ -227,14 +227,14 @@ void bind_sequence_loss(const py::int_& logps, const py::int_& rows, const py::i
                         double beta, double label_smoothing, bool average, bool interleaved,
                         const py::int_& loss, const py::int_& sequence_logps,
                         const py::int_& rewards, const py::int_& coefficients,
-                        const py::int_& margins, const py::int_& row_coefficients,
-                        const py::int_& workspace, const py::int_& workspace_bytes,
-                        const py::int_& device, const py::int_& stream_) {
+                        const py::int_& row_coefficients, const py::int_& workspace,
+                        const py::int_& workspace_bytes, const py::int_& device,
+                        const py::int_& stream_) {
   SequenceLossParams p{};
   p.rows = integer(rows, "rows", 0, kMostElements / 8);
   p.pairs = integer(pairs, "pairs", 0, kMostBlocks);
-  if (!std::isfinite(beta)) refuse("beta", "must be finite");
-  if (!std::isfinite(label_smoothing)) refuse("label_smoothing", "must be finite");
+  if (!std::isfinite(beta)) refuse("beta", "should be finite");
+  if (!std::isfinite(label_smoothing)) refuse("label_smoothing", "should be finite");
   p.beta = beta;
   p.label_smoothing = label_smoothing;
   p.average = average;
@@ -248,11 +248,10 @@ void bind_sequence_loss(const py::int_& logps, const py::int_& rows, const py::i
   p.sequence_logps = array<float>(sequence_logps, "sequence_logps", empty);
   p.rewards = array<float>(rewards, "rewards", empty);
   p.coefficients = array<float>(coefficients, "coefficients", empty);
-  p.margins = array<float>(margins, "margins", true);
   p.row_coefficients = array<float>(row_coefficients, "row_coefficients", true);
   const int64_t needed = loss_workspace_bytes(pairs);
   if (count(workspace_bytes, "workspace_bytes") < needed) {
-    refuse("workspace_bytes", "must be at least " + std::to_string(needed));
+    refuse("workspace_bytes", "should be at least " + std::to_string(needed));
   }
   char* memory = pointer<char>(workspace, "workspace", 8);
   p.counter = reinterpret_cast<unsigned*>(memory);
@@ -308,9 +307,8 @@ PYBIND11_MODULE(FASTDPO_MODULE, m) {
   m.def("sequence_loss", &bind_sequence_loss, py::kw_only(), arg("logps"), arg("rows"),
         arg("labels"), arg("offsets"), arg("pairs"), arg("ref_logps"), arg("beta"),
         arg("label_smoothing"), arg("average"), arg("interleaved"), arg("loss"),
-        arg("sequence_logps"), arg("rewards"), arg("coefficients"), arg("margins"),
-        arg("row_coefficients"), arg("workspace"), arg("workspace_bytes"), arg("device"),
-        arg("stream"),
+        arg("sequence_logps"), arg("rewards"), arg("coefficients"), arg("row_coefficients"),
+        arg("workspace"), arg("workspace_bytes"), arg("device"), arg("stream"),
         "The DPO sigmoid loss over `pairs` pairs of sequences of token logps; see "
         "csrc/sequence_loss.cuh.");
 }

@@ -78,7 +78,6 @@ struct SequenceLossParams {
   float* sequence_logps;    // [2 · pairs]
   float* rewards;           // [2 · pairs]
   float* coefficients;      // [2 · pairs]
-  float* margins;           // [pairs], or null
   float* row_coefficients;  // [rows], or null: the sequence's coefficient, 0 where the row does not
                             // count
   unsigned* counter;        // [1], zero

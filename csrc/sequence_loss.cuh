@@ -105,7 +105,6 @@ __device__ __forceinline__ Coefficients finish_pair(const SequenceLossParams& p,
   p.rewards[rejected] = static_cast<float>(other_reward);
   p.coefficients[chosen] = result.chosen;
   p.coefficients[rejected] = result.rejected;
-  if (p.margins != nullptr) p.margins[pair] = static_cast<float>(margin);
   return result;
 }
 

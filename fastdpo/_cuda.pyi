@@ -93,7 +93,6 @@ def sequence_loss(
     sequence_logps: int,
     rewards: int,
     coefficients: int,
-    margins: int,
     row_coefficients: int,
     workspace: int,
     workspace_bytes: int,

@@ -1,4 +1,4 @@
-"""The command line: `fastdpo demo | doctor | bench`."""
+"""The command line: `fastdpo demo | doctor`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ BAD_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (0, or 2 with one line on stderr for bad input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:  # its options are the benchmark's own
-        from fastdpo.checkout import bench
-
-        return bench(arguments[1:])
     options = _parser().parse_args(arguments)
     return options.run(options)
 
@@ -32,7 +28,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     doctor = commands.add_parser("doctor", help="what this machine can use, and why not the rest")
     doctor.set_defaults(run=_doctor)
-    commands.add_parser("bench", help="time against eager PyTorch and others (needs a checkout)")
     return parser
 
 

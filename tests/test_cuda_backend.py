@@ -17,13 +17,11 @@ from fastdpo.backends.contract import Head
 PRIMITIVES = {"target_logits", "logits_logps", "logits_logps_backward", "sequence_loss"}
 
 
-def test_it_names_its_primitives_and_what_their_choice_rests_on():
+def test_it_names_its_primitives():
     assert cuda.PRIMITIVES == PRIMITIVES
     assert not hasattr(cuda, "exp_logits")
     for name in PRIMITIVES:
         assert callable(getattr(cuda, name))
-        capability = cuda.CAPABILITIES[name]
-        assert capability.measured or capability.reason, f"{name} rests on nothing"
 
 
 def extension(**changed):
@@ -118,7 +116,6 @@ def test_every_op_has_shapes_without_data():
         assert (tensor.shape, tensor.dtype, tensor.device.type) == ((6, 2), torch.float32, "cuda")
     for result in (loss, fused.loss):
         assert [tuple(t.shape) for t in result] == [(), (4,), (4,), (4,)]
-    assert fused.margins.shape == (2,)
 
 
 @pytest.mark.parametrize("name", sorted(cuda_ops._KERNELS))

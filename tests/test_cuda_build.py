@@ -257,7 +257,7 @@ def test_without_nvcc_one_line_says_so_and_nothing_fails(tmp_path):
     ("environment", "message"),
     [
         ({"FASTDPO_NVCC": "no-such-nvcc", "FASTDPO_BUILD_CUDA": "1"}, "nvcc not found"),
-        ({"FASTDPO_BUILD_CUDA": "maybe"}, "FASTDPO_BUILD_CUDA must be one of auto, 0, 1"),
+        ({"FASTDPO_BUILD_CUDA": "maybe"}, "FASTDPO_BUILD_CUDA should be one of auto, 0, 1"),
     ],
 )
 def test_what_was_demanded_and_cannot_be_is_an_error(tmp_path, environment, message):

@@ -168,12 +168,12 @@ KTO = {"objective": "kto", "kl": 0.0}
 MISFITS = {
     "pairs": (3, {}, "batch['input_ids'] should be of a number of sequences that makes whole pai"),
     "ranks": (4, {"objective": "plackett_luce", **THREE}, "whole groups of 3, got 4 sequences"),
-    "flags": (3, {**KTO, "desirable": desirable(2)}, "desirable must have 3 entries"),
+    "flags": (3, {**KTO, "desirable": desirable(2)}, "desirable should have 3 entries"),
     "no flags": (3, KTO, "kto needs the option desirable"),
     "no free reference": (
         3,
         {**KTO, "desirable": desirable(3), "ref_model": None, "reference_free": True},
-        "must be given for kto",
+        "should be given for kto",
     ),
 }
 

@@ -54,7 +54,7 @@ def test_beta(name: str, beta: object) -> None:
     if name == "sft" and beta in (0.0, -0.1) and not isinstance(beta, bool):
         resolve(name, beta=beta, has_reference=reference, **arguments)
     else:
-        refuses("beta must be a number in", name, beta=beta, has_reference=reference, **arguments)
+        refuses("beta should be a number in", name, beta=beta, has_reference=reference, **arguments)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
@@ -67,12 +67,12 @@ def test_label_smoothing(name: str) -> None:
     if name == "exo_pair":
         outside.append(0.0)
     for eps in outside:
-        refuses("label_smoothing must be", name, label_smoothing=eps, **arguments)
+        refuses("label_smoothing should be", name, label_smoothing=eps, **arguments)
 
 
 def test_label_smoothing_of_a_sum_goes_to_the_parts_that_have_it() -> None:
-    refuses("label_smoothing must be 0 for hinge, ipo", ["hinge", "ipo"], label_smoothing=0.1)
-    refuses("label_smoothing must be in .* for exo_pair", ["sigmoid", "exo_pair"])
+    refuses("label_smoothing should be 0 for hinge, ipo", ["hinge", "ipo"], label_smoothing=0.1)
+    refuses("label_smoothing should be in .* for exo_pair", ["sigmoid", "exo_pair"])
     resolve(["hinge", "robust"], beta=0.1, label_smoothing=0.1, has_reference=True, options={})
 
 
@@ -81,11 +81,11 @@ def test_reference(name: str) -> None:
     options, eps = CASES[name][0]
     arguments = {"label_smoothing": eps, "options": options}
     if OBJECTIVES[name].reference == "required":
-        refuses("ref_logps .* must be given", name, has_reference=False, **arguments)
+        refuses("ref_logps .* should be given", name, has_reference=False, **arguments)
     else:
         resolve(name, beta=0.1, has_reference=False, **arguments)
     if OBJECTIVES[name].reference == "refused":
-        refuses("ref_logps must not be given", name, **arguments)
+        refuses("ref_logps should not be given", name, **arguments)
         resolve([name, "sigmoid"], beta=0.1, has_reference=True, **arguments)
     else:
         resolve(name, beta=0.1, has_reference=True, **arguments)
@@ -131,7 +131,7 @@ def test_options_out_of_range(name: str, option: str, values: list[object]) -> N
     reference = OBJECTIVES[name].reference != "refused"
     for value in values:
         refuses(
-            f"^{option} must be",
+            f"^{option} should be",
             name,
             label_smoothing=eps,
             has_reference=reference,
@@ -210,12 +210,14 @@ def test_options_that_exclude_each_other() -> None:
 
 
 def test_loss_weights() -> None:
-    refuses("loss_weights must have 2 entries", ["sigmoid", "sft"], options={"loss_weights": [1.0]})
+    refuses(
+        "loss_weights should have 2 entries", ["sigmoid", "sft"], options={"loss_weights": [1.0]}
+    )
     refuses("loss_weights goes with a list", "sigmoid", options={"loss_weights": [1.0]})
     refuses("loss_weights goes with a list", {"sigmoid": 1.0}, options={"loss_weights": [1.0]})
-    refuses("loss_weights must be", ["sigmoid"], options={"loss_weights": [-1.0]})
-    refuses("loss_weights must be", ["sigmoid"], options={"loss_weights": 1.0})
-    refuses("weight of objective 'sft' must be", {"sigmoid": 1.0, "sft": math.nan})
+    refuses("loss_weights should be", ["sigmoid"], options={"loss_weights": [-1.0]})
+    refuses("loss_weights should be", ["sigmoid"], options={"loss_weights": 1.0})
+    refuses("weight of objective 'sft' should be", {"sigmoid": 1.0, "sft": math.nan})
     refuses("every objective once", ["sigmoid", "sigmoid"])
     refuses("one layout, got sigmoid .pairs., kto .unpaired.", ["sigmoid", "kto"])
 
@@ -226,18 +228,22 @@ def test_a_batch_that_does_not_fit() -> None:
         ("sigmoid", {}, "even number for sigmoid, got 3"),
         ("plackett_luce", {"num_candidates": 2}, "even number"),
         ("plackett_luce", {"num_candidates": 4}, "multiple of num_candidates = 4"),
-        ("kto", {"desirable": torch.ones(2, dtype=torch.bool), "kl": 0.0}, "desirable must have 3"),
+        (
+            "kto",
+            {"desirable": torch.ones(2, dtype=torch.bool), "kl": 0.0},
+            "desirable should have 3",
+        ),
     ]:
         resolved = build(name, options)
         with pytest.raises(ValueError, match=match):
             resolved(batch(resolved, three))
     odpo = build("odpo", {"offset": torch.zeros(2)})
-    with pytest.raises(ValueError, match="offset must have 3 entries"):
+    with pytest.raises(ValueError, match="offset should have 3 entries"):
         odpo.check(6)
-    with pytest.raises(ValueError, match="offset must be on meta"):
+    with pytest.raises(ValueError, match="offset should be on meta"):
         odpo(batch(odpo, torch.zeros(4, device="meta")))
     ratio = build("bco", {"desirable": torch.ones(6).bool(), "delta": 0.0, "density_ratio": three})
-    with pytest.raises(ValueError, match="density_ratio must have 6 entries"):
+    with pytest.raises(ValueError, match="density_ratio should have 6 entries"):
         ratio(batch(ratio, six))
 
 
@@ -250,12 +256,12 @@ def test_a_call_that_does_not_keep_what_was_resolved() -> None:
         build("sigmoid", {"use_weighting": True}),
     )
     for resolved, sequences, match in [
-        (sigmoid, SequenceLogps(zeros, None, lengths), "ref_logps must be a tensor"),
-        (build("simpo", {}), SequenceLogps(zeros, zeros, lengths), "ref_logps must be None"),
-        (sft, SequenceLogps(zeros, zeros, lengths), "nll must be a tensor: sft"),
-        (wpo, SequenceLogps(zeros, zeros, lengths), "weights must be a tensor"),
-        (sigmoid, SequenceLogps(zeros, zeros, lengths, weights=zeros), "weights must be None"),
-        (sigmoid, SequenceLogps(zeros, zeros, lengths, pairs="mixed"), "pairs must be"),
+        (sigmoid, SequenceLogps(zeros, None, lengths), "ref_logps should be a tensor"),
+        (build("simpo", {}), SequenceLogps(zeros, zeros, lengths), "ref_logps should be None"),
+        (sft, SequenceLogps(zeros, zeros, lengths), "nll should be a tensor: sft"),
+        (wpo, SequenceLogps(zeros, zeros, lengths), "weights should be a tensor"),
+        (sigmoid, SequenceLogps(zeros, zeros, lengths, weights=zeros), "weights should be None"),
+        (sigmoid, SequenceLogps(zeros, zeros, lengths, pairs="mixed"), "pairs should be"),
     ]:
         with pytest.raises(ValueError, match=match):
             resolved(sequences)

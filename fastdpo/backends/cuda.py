@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastdpo.backends.contract import Head, LogitMap, SequenceLoss
 from fastdpo.backends.cuda_ops import extension, supports
+from fastdpo.objectives.layouts import PAIRS
 
 __all__ = [
-    "CAPABILITIES",
     "PRIMITIVES",
     "LogitsLoss",
     "available",
@@ -27,49 +27,13 @@ __all__ = [
     "target_logits",
 ]
 
-
-class Capability(NamedTuple):
-    """What one primitive is expected to be good for, and what that rests on."""
-
-    bound: str  # what its time should be limited by
-    measured: str | None  # the measurement, with its source; None until there is one
-    reason: str  # why it is believed, until then
-
-
-# UNMEASURED: no GPU has run these kernels yet. `python -m benchmarks.kernels` fills in `measured`.
-CAPABILITIES = {
-    "logits_logps": Capability(
-        "reading the logits once",
-        None,
-        "four 16-byte loads in flight a thread and about 12 instructions an element in the machine "
-        "code, where an H100's memory allows 17 for bf16",
-    ),
-    "logits_logps_backward": Capability(
-        "reading the logits and writing the gradient, once each",
-        None,
-        "the forward's loads, one exponential an element, streaming stores; ignored rows unread",
-    ),
-    "target_logits": Capability(
-        "reading hidden and the labels' rows of weight once",
-        None,
-        "a warp a row, four 16-byte loads in flight a lane; next to two matrix products, little",
-    ),
-    "sequence_loss": Capability(
-        "the latency of a memset and a launch",
-        None,
-        "one launch for sums, loss, rewards and coefficients instead of a dozen",
-    ),
-}
-PRIMITIVES = frozenset(CAPABILITIES)
-
-_PAIRS = ("concatenated", "interleaved")
+PRIMITIVES = frozenset({"logits_logps", "logits_logps_backward", "target_logits", "sequence_loss"})
 
 
 class LogitsLoss(NamedTuple):
     """What `logits_sequence_loss` returns, in float32."""
 
     loss: SequenceLoss
-    margins: Tensor  # [B] the chosen's reward minus the rejected's
     row_coefficients: Tensor  # [N] ∂loss/∂logps of every row, 0 where it carries no loss
     logps: Tensor  # [N]
     lse: Tensor  # [N, 2]
@@ -180,11 +144,11 @@ def logits_sequence_loss(
     `logits_logps_backward(row_coefficients, …, grad_scale=∂/∂loss)`.
     """
     interleaved = _interleaved(pairs)
-    *results, margins, row_coefficients, logps, lse = torch.ops.fastdpo_cuda.logits_sequence_loss(
+    *results, row_coefficients, logps, lse = torch.ops.fastdpo_cuda.logits_sequence_loss(
         logits, labels, offsets, ref_logps, *_transform(logit_map), beta, label_smoothing, average,
         interleaved,
     )  # fmt: skip
-    return LogitsLoss(SequenceLoss(*results), margins, row_coefficients, logps, lse)
+    return LogitsLoss(SequenceLoss(*results), row_coefficients, logps, lse)
 
 
 def _transform(logit_map: Head | LogitMap) -> tuple[float, float, float]:
@@ -193,8 +157,8 @@ def _transform(logit_map: Head | LogitMap) -> tuple[float, float, float]:
 
 
 def _interleaved(pairs: str) -> bool:
-    if pairs not in _PAIRS:
-        raise ValueError(f"pairs: must be one of {', '.join(_PAIRS)}, got {pairs!r}")
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs should be one of {', '.join(PAIRS)}, got {pairs!r}")
     return pairs == "interleaved"
 
 

@@ -55,11 +55,11 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"sequence_loss(Tensor logps, Tensor? labels, Tensor offsets, Tensor ref_logps, {_LOSS})"
-    f" -> ({', '.join(['Tensor'] * 5)})"
+    f" -> ({', '.join(['Tensor'] * 4)})"
 )
 _LIBRARY.define(
     "logits_sequence_loss(Tensor logits, Tensor labels, Tensor offsets, Tensor ref_logps, "
-    f"{_TRANSFORM}, {_LOSS}) -> ({', '.join(['Tensor'] * 8)})"
+    f"{_TRANSFORM}, {_LOSS}) -> ({', '.join(['Tensor'] * 7)})"
 )
 
 
@@ -74,7 +74,7 @@ def _target_logits(
 ) -> Tensor:  # [N]
     _check_matrix("hidden", hidden)
     _check_matrix("weight", weight, like=hidden)
-    _require(weight.shape[1] == hidden.shape[1], "weight", f"must have {hidden.shape[1]} columns")
+    _require(weight.shape[1] == hidden.shape[1], "weight", f"should have {hidden.shape[1]} columns")
     if bias is not None:
         bias = _vector("bias", bias, weight.shape[0], hidden)
     labels = _vector("labels", labels, hidden.shape[0], hidden, torch.int64)
@@ -136,8 +136,8 @@ def _logits_logps_backward(
     _check_matrix("logits", logits)
     rows, vocab = logits.shape
     _check_matrix("out", out)
-    _require(out.shape == logits.shape, "out", f"must be {list(logits.shape)}")
-    _require(out.device == logits.device, "out", f"must be on {logits.device}")
+    _require(out.shape == logits.shape, "out", f"should be {list(logits.shape)}")
+    _require(out.device == logits.device, "out", f"should be on {logits.device}")
     labels = _vector("labels", labels, rows, logits, torch.int64)
     lse = _vector("lse", lse, (rows, 2), logits, torch.float32)
     _check_vector("grad_logps", grad_logps, rows, logits, torch.float32)
@@ -166,7 +166,7 @@ def _sequence_loss(
     label_smoothing: float,
     average: bool,
     interleaved: bool,
-) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [B]
+) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B]
     *results, _rows = _run_sequence_loss(
         logps, labels, offsets, ref_logps, beta, label_smoothing, average, interleaved, False
     )
@@ -185,7 +185,7 @@ def _logits_sequence_loss(
     label_smoothing: float,
     average: bool,
     interleaved: bool,
-) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [B], [N], [N], [N, 2]
+) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [N], [N], [N, 2]
     logps, lse = _logits_logps(logits, labels, scale, softcap, temperature)
     results = _run_sequence_loss(
         logps, labels, offsets, ref_logps, beta, label_smoothing, average, interleaved, True
@@ -203,18 +203,20 @@ def _run_sequence_loss(
     average: bool,
     interleaved: bool,
     expand: bool,  # also return the coefficients of the rows
-) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [B], [N] or [0]
-    _require(logps.dim() == 1, "logps", "must have one dimension")
+) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [N] or [0]
+    _require(logps.dim() == 1, "logps", "should have one dimension")
     rows, sequences = logps.shape[0], ref_logps.numel()
     logps = _vector("logps", logps, rows, logps, torch.float32)
     if labels is not None:
         labels = _vector("labels", labels, rows, logps, torch.int64)
-    _require(sequences % 2 == 0, "ref_logps", f"must hold pairs, got {sequences}")
+    _require(sequences % 2 == 0, "ref_logps", f"should hold pairs, got {sequences}")
     offsets = _vector("offsets", offsets, sequences + 1, logps, torch.int64)
-    _require(ref_logps.is_floating_point(), "ref_logps", f"must be floating, got {ref_logps.dtype}")
+    _require(
+        ref_logps.is_floating_point(), "ref_logps", f"should be floating, got {ref_logps.dtype}"
+    )
     ref_logps = _vector("ref_logps", ref_logps.float(), sequences, logps, torch.float32)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=logps.device)
-    loss, margins = empty(()), empty(sequences // 2)
+    loss = empty(())
     sums, rewards, coefficients = (empty(sequences) for _ in range(3))
     row_coefficients = empty(rows if expand else 0)
     with _on(logps) as queue:
@@ -225,11 +227,11 @@ def _run_sequence_loss(
             offsets=offsets.data_ptr(), pairs=sequences // 2, ref_logps=ref_logps.data_ptr(),
             beta=beta, label_smoothing=label_smoothing, average=average, interleaved=interleaved,
             loss=loss.data_ptr(), sequence_logps=sums.data_ptr(), rewards=rewards.data_ptr(),
-            coefficients=coefficients.data_ptr(), margins=margins.data_ptr(),
+            coefficients=coefficients.data_ptr(),
             row_coefficients=row_coefficients.data_ptr(),
             workspace=workspace.data_ptr(), workspace_bytes=bytes_, **queue,
         )  # fmt: skip
-    return loss, sums, rewards, coefficients, margins, row_coefficients
+    return loss, sums, rewards, coefficients, row_coefficients
 
 
 _KERNELS = {
@@ -279,7 +281,7 @@ def _(
 
 def _fake_loss(like: Tensor, ref_logps: Tensor) -> tuple[Tensor, ...]:
     sequences = ref_logps.shape[0]
-    shapes = [(), (sequences,), (sequences,), (sequences,), (sequences // 2,)]
+    shapes = [(), (sequences,), (sequences,), (sequences,)]
     return tuple(like.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
@@ -316,16 +318,16 @@ def _check_matrix(name: str, tensor: Tensor, like: Tensor | None = None) -> None
     """Two dimensions, a served device and dtype, and elements next to each other in a row."""
     served, reason = supports(tensor.device, tensor.dtype)
     _require(served, name, reason)
-    _require(tensor.dim() == 2, name, f"must have two dimensions, got {tensor.dim()}")
-    _require(tensor.shape[1] > 0, name, "must have at least one column")
+    _require(tensor.dim() == 2, name, f"should have two dimensions, got {tensor.dim()}")
+    _require(tensor.shape[1] > 0, name, "should have at least one column")
     _require(
         tensor.stride(1) == 1 or tensor.shape[1] == 1,
         name,
-        f"rows must be contiguous, got strides {tensor.stride()}",
+        f"rows should be contiguous, got strides {tensor.stride()}",
     )
     if like is not None:
-        _require(tensor.device == like.device, name, f"must be on {like.device}")
-        _require(tensor.dtype == like.dtype, name, f"must be {like.dtype}, got {tensor.dtype}")
+        _require(tensor.device == like.device, name, f"should be on {like.device}")
+        _require(tensor.dtype == like.dtype, name, f"should be {like.dtype}, got {tensor.dtype}")
 
 
 def _check_vector(
@@ -338,11 +340,13 @@ def _check_vector(
     shape = (shape,) if isinstance(shape, int) else shape
     served = dtype is None and tensor.dtype in _DTYPES
     expected = _names(_DTYPES) if dtype is None else str(dtype)
-    _require(served or tensor.dtype == dtype, name, f"must be {expected}, got {tensor.dtype}")
+    _require(served or tensor.dtype == dtype, name, f"should be {expected}, got {tensor.dtype}")
     _require(
-        tensor.shape == shape, name, f"must have shape {list(shape)}, got {list(tensor.shape)}"
+        tensor.shape == shape, name, f"should have shape {list(shape)}, got {list(tensor.shape)}"
     )
-    _require(tensor.device == like.device, name, f"must be on {like.device}, is on {tensor.device}")
+    _require(
+        tensor.device == like.device, name, f"should be on {like.device}, is on {tensor.device}"
+    )
 
 
 def _vector(

@@ -70,13 +70,13 @@ class Option:
 
     name: str
     default: object
-    valid: str  # completes "must be ..."
+    valid: str  # completes "should be ..."
     check: Callable[[object], bool]
     doc: str
 
     def validate(self, value: object) -> None:
         if not self.check(value):
-            raise ValueError(f"{self.name} must be {self.valid}, got {describe(value)}")
+            raise ValueError(f"{self.name} should be {self.valid}, got {describe(value)}")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ class ResolvedObjective:
         if sequences % group:
             what = "an even number" if group == 2 else f"a multiple of num_candidates = {group}"
             raise ValueError(
-                f"the number of sequences must be {what} for {self._names()}, got {sequences}"
+                f"the number of sequences should be {what} for {self._names()}, got {sequences}"
             )
         for part in self.parts:
             for name, value in part.options.items():
@@ -108,10 +108,10 @@ class ResolvedObjective:
                     continue
                 rows = sequences // group
                 if value.shape[0] != rows:
-                    raise ValueError(f"{name} must have {rows} entries, got {describe(value)}")
+                    raise ValueError(f"{name} should have {rows} entries, got {describe(value)}")
                 if device is not None and value.device != device:
                     raise ValueError(
-                        f"{name} must be on {device}, the device of logps, got {value.device}"
+                        f"{name} should be on {device}, the device of logps, got {value.device}"
                     )
 
     def __call__(self, sequences: SequenceLogps) -> LinearDPOOutput:
@@ -123,13 +123,15 @@ class ResolvedObjective:
         if self.has_reference != (sequences.ref_logps is not None):
             expected = "a tensor" if self.has_reference else "None"
             raise ValueError(
-                f"ref_logps must be {expected}: resolved with has_reference={self.has_reference}"
+                f"ref_logps should be {expected}: resolved with has_reference={self.has_reference}"
             )
         if self.wpo != (sequences.weights is not None):
             expected = "a tensor [S]" if self.wpo else "None"
-            raise ValueError(f"weights must be {expected}: resolved with use_weighting={self.wpo}")
+            raise ValueError(
+                f"weights should be {expected}: resolved with use_weighting={self.wpo}"
+            )
         if self.needs_nll and sequences.nll is None:
-            raise ValueError(f"nll must be a tensor: {self._names()} has an NLL term")
+            raise ValueError(f"nll should be a tensor: {self._names()} has an NLL term")
         if sequences.pairs not in PAIRS:
             raise ValueError(f"pairs should be one of {list(PAIRS)}, got {sequences.pairs!r}")
 

@@ -75,7 +75,7 @@ def _weights(
     several = not isinstance(objective, (str, Mapping))
     if not isinstance(objective, (str, Mapping, list, tuple)) or len(objective) == 0:
         raise ValueError(
-            f"objective must be a name, a list of names or a dict of weights, got {objective!r}"
+            f"objective should be a name, a list of names or a dict of weights, got {objective!r}"
         )
     if loss_weights is not None and not several:
         raise ValueError(
@@ -96,12 +96,12 @@ def _weights(
         )
     if len(values) != len(chosen):
         raise ValueError(
-            f"loss_weights must have {len(chosen)} entries, one per objective, got {len(values)}"
+            f"loss_weights should have {len(chosen)} entries, one per objective, got {len(values)}"
         )
     for name, value in zip(chosen, values, strict=True):
         if value not in NON_NEGATIVE:
             raise ValueError(
-                f"the weight of objective {name!r} must be in {NON_NEGATIVE}, got {value!r}"
+                f"the weight of objective {name!r} should be in {NON_NEGATIVE}, got {value!r}"
             )
     return {name: float(value) for name, value in zip(chosen, values, strict=True)}
 
@@ -152,7 +152,7 @@ def _own_options(entry: Objective, options: Mapping[str, object]) -> dict[str, o
 def _check_beta(entries: list[Objective], beta: float) -> None:
     within = POSITIVE if any(entry.uses_beta for entry in entries) else FINITE
     if beta not in within:
-        raise ValueError(f"beta must be a number in {within}, got {describe(beta)}")
+        raise ValueError(f"beta should be a number in {within}, got {describe(beta)}")
 
 
 def _check_label_smoothing(entries: list[Objective], label_smoothing: float) -> None:
@@ -160,14 +160,14 @@ def _check_label_smoothing(entries: list[Objective], label_smoothing: float) -> 
     if not defined and label_smoothing != 0.0:
         having = [name for name, entry in OBJECTIVES.items() if entry.label_smoothing is not None]
         raise ValueError(
-            f"label_smoothing must be 0 for {names([entry.name for entry in entries])}, got "
+            f"label_smoothing should be 0 for {names([entry.name for entry in entries])}, got "
             f"{describe(label_smoothing)}; it is defined for {names(having)}"
         )
     for entry in defined:
         assert entry.label_smoothing is not None
         if label_smoothing not in entry.label_smoothing:
             raise ValueError(
-                f"label_smoothing must be in {entry.label_smoothing} for {entry.name}, "
+                f"label_smoothing should be in {entry.label_smoothing} for {entry.name}, "
                 f"got {describe(label_smoothing)}"
             )
 
@@ -176,12 +176,12 @@ def _check_reference(entries: list[Objective], has_reference: bool) -> None:
     needing = [entry.name for entry in entries if entry.reference == "required"]
     if needing and not has_reference:
         raise ValueError(
-            "ref_logps (or a reference's hidden states and head) must be given for "
+            "ref_logps (or a reference's hidden states and head) should be given for "
             f"{names(needing)}"
         )
     if has_reference and all(entry.reference == "refused" for entry in entries):
         refusing = names([entry.name for entry in entries])
-        raise ValueError(f"ref_logps must not be given: {refusing} is reference-free")
+        raise ValueError(f"ref_logps should not be given: {refusing} is reference-free")
 
 
 def _divergence(

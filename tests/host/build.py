@@ -95,7 +95,7 @@ def load(path: Path) -> ModuleType:
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """What a Python that imports the sanitized module must be started with."""
+    """What a Python that imports the sanitized module should be started with."""
     # libstdc++ too: the sanitizer looks for the functions that it wraps when the process starts.
     libraries = [_library(name) for name in ("libasan.so", "libstdc++.so")]
     return {

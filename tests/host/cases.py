@@ -22,7 +22,7 @@ TRANSFORMS = (
     {"scale": 0.5, "temperature": 0.7},
     {"scale": 1.5, "softcap": 20.0, "temperature": 1.3},
 )
-POISON = float("nan")  # in rows that must not be read: it would show in every result
+POISON = float("nan")  # in rows that should not be read: it would show in every result
 
 
 def head(like: Tensor, **transform) -> Head:
@@ -334,7 +334,9 @@ def check_fused(
     # A margin is a difference of sums: its roundings are relative to those.
     terms = beta * ours.loss.logps.abs().max() + ours.loss.rewards.abs().max()
     slack = (terms / exact[1].abs().max()).clamp(min=1).item()
-    assert_as_accurate(ours.margins, base[1], exact[1], 2, "margins", slack=slack)
+    rewards = ours.loss.rewards
+    both = rewards.view(2, -1) if pairs == "concatenated" else rewards.view(-1, 2).t()
+    assert_as_accurate(both[0] - both[1], base[1], exact[1], 2, "margins", slack=slack)
     base_gradient = (base[2] * upstream).to(logits.dtype)
     assert_as_accurate(gradient, base_gradient, exact[2] * upstream, 3, "gradient")
     assert bool((ours.row_coefficients[labels < 0] == 0).all())

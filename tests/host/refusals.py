@@ -33,7 +33,7 @@ def _base() -> dict[str, dict[str, object]]:
         "sequence_loss": {
             **queue, "logps": A, "rows": 10, "labels": 0, "offsets": A, "pairs": 2, "ref_logps": A,
             "beta": 0.1, "label_smoothing": 0.0, "average": False, "interleaved": False, "loss": A,
-            "sequence_logps": A, "rewards": A, "coefficients": A, "margins": 0,
+            "sequence_logps": A, "rewards": A, "coefficients": A,
             "row_coefficients": 0, "workspace": A, "workspace_bytes": 64,
         },
     }  # fmt: skip
@@ -73,25 +73,25 @@ def _all() -> list[Refusal]:
     for function in ("logits_forward", "logits_backward", "target_logits"):
         add(function, "dtype: unknown dtype tag 3, expected 0 .float32.", dtype=3)
         add(function, "dtype: unknown dtype tag -1", dtype=-1)
-        add(function, "rows: must be between 0", rows=-1)
+        add(function, "rows: should be between 0", rows=-1)
         add(function, "rows: does not fit in 64 bits, got 9223372036854775808", rows=1 << 63)
-        add(function, "vocab: must be between 1", vocab=0)
-        add(function, "softcap: must be positive and finite", softcap=-1.0)
-        add(function, "softcap: must be positive and finite", softcap=float("nan"))
-        add(function, "temperature: must be positive", temperature=0.0)
-        add(function, "temperature: must be positive", temperature=float("nan"))
-        add(function, "scale: must be a finite float32", scale=float("inf"))
-        add(function, "scale: must be a finite float32", scale=1e39)
-        add(function, "device: must be between 0", device=-1)
+        add(function, "vocab: should be between 1", vocab=0)
+        add(function, "softcap: should be positive and finite", softcap=-1.0)
+        add(function, "softcap: should be positive and finite", softcap=float("nan"))
+        add(function, "temperature: should be positive", temperature=0.0)
+        add(function, "temperature: should be positive", temperature=float("nan"))
+        add(function, "scale: should be a finite float32", scale=float("inf"))
+        add(function, "scale: should be a finite float32", scale=1e39)
+        add(function, "device: should be between 0", device=-1)
         add(function, "stream: not an address", stream=-1)
     for function in ("logits_forward", "logits_backward"):
-        add(function, "row_stride: must be between 0", row_stride=-100)
+        add(function, "row_stride: should be between 0", row_stride=-100)
         add(function, "row_stride: 4 rows .* overflow 64 bits", row_stride=1 << 61)
         add(function, "row_stride: 4 rows .* overflow 64 bits", row_stride=(1 << 63) - 1)
-        add(function, "vocab: must be between 1 and 1073741824", vocab=(1 << 30) + 1)
+        add(function, "vocab: should be between 1 and 1073741824", vocab=(1 << 30) + 1)
         add(function, "rows: 2147483648 rows of 1 blocks overflow a launch", rows=1 << 31)
         add(function, "rows: 1048576 rows of .* overflow a launch", rows=1 << 20, vocab=1 << 28)
-    add("logits_forward", "workspace_bytes: must be at least 80", vocab=1 << 15, dtype=0,
+    add("logits_forward", "workspace_bytes: should be at least 80", vocab=1 << 15, dtype=0,
         workspace_bytes=16)  # fmt: skip
     add("logits_forward", "workspace: null pointer", vocab=1 << 15, dtype=0, workspace=0,
         workspace_bytes=1 << 10)  # fmt: skip
@@ -106,18 +106,17 @@ def _all() -> list[Refusal]:
     add("logits_backward", "out: overlaps logits", out=A, out_dtype=0)
     add("logits_backward", "out: overlaps logits", out=A, out_stride=101)
     add("logits_backward", "out: overlaps logits", row_stride=150, out_stride=150, out=A + 2 * 60)
-    add("target_logits", "width: must be between 1", width=0)
+    add("target_logits", "width: should be between 1", width=0)
     add("target_logits", "bias_dtype: unknown dtype tag 7", bias_dtype=7)
     add("target_logits", "bias: misaligned", bias=A + 2)
     add("target_logits", "hidden_stride: 4 rows .* overflow 64 bits", hidden_stride=1 << 62)
     add("target_logits", "weight_stride: 100 rows .* overflow 64 bits", weight_stride=1 << 60)
-    add("sequence_loss", "rows: must be between 0", rows=-1)
-    add("sequence_loss", "pairs: must be between 0 and 2147483647", pairs=1 << 31)
-    add("sequence_loss", "beta: must be finite", beta=float("nan"))
-    add("sequence_loss", "label_smoothing: must be finite", label_smoothing=float("inf"))
-    add("sequence_loss", "workspace_bytes: must be at least 24", workspace_bytes=23)
+    add("sequence_loss", "rows: should be between 0", rows=-1)
+    add("sequence_loss", "pairs: should be between 0 and 2147483647", pairs=1 << 31)
+    add("sequence_loss", "beta: should be finite", beta=float("nan"))
+    add("sequence_loss", "label_smoothing: should be finite", label_smoothing=float("inf"))
+    add("sequence_loss", "workspace_bytes: should be at least 24", workspace_bytes=23)
     add("sequence_loss", "labels: misaligned", labels=A + 4)
-    add("sequence_loss", "margins: misaligned", margins=A + 2)
     add("sequence_loss", "row_coefficients: misaligned", row_coefficients=A + 2)
     return found
 

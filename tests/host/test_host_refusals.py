@@ -76,16 +76,16 @@ def test_the_architecture_is_checked_before_the_first_launch_on_a_device(cuda, h
     ("changed", "message"),
     [
         ({"logits": torch.randn(3, 8, dtype=torch.float64)}, "logits: torch.float64 is served by"),
-        ({"logits": torch.randn(24)}, "logits: must have two dimensions"),
-        ({"logits": torch.randn(8, 3).t()}, "logits: rows must be contiguous"),
-        ({"logits": torch.randn(3, 0)}, "logits: must have at least one column"),
-        ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels: must be torch.int64"),
-        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels: must have shape \[3\]"),
-        ({"lse": torch.zeros(3, 2, dtype=torch.float64)}, "lse: must be torch.float32"),
-        ({"lse": torch.zeros(3)}, r"lse: must have shape \[3, 2\]"),
-        ({"grad": torch.zeros(2)}, r"grad_logps: must have shape \[3\]"),
-        ({"out": torch.zeros(3, 9)}, r"out: must be \[3, 8\]"),
-        ({"grad_scale": torch.zeros(2)}, r"grad_scale: must have shape \[1\]"),
+        ({"logits": torch.randn(24)}, "logits: should have two dimensions"),
+        ({"logits": torch.randn(8, 3).t()}, "logits: rows should be contiguous"),
+        ({"logits": torch.randn(3, 0)}, "logits: should have at least one column"),
+        ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels: should be torch.int64"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels: should have shape \[3\]"),
+        ({"lse": torch.zeros(3, 2, dtype=torch.float64)}, "lse: should be torch.float32"),
+        ({"lse": torch.zeros(3)}, r"lse: should have shape \[3, 2\]"),
+        ({"grad": torch.zeros(2)}, r"grad_logps: should have shape \[3\]"),
+        ({"out": torch.zeros(3, 9)}, r"out: should be \[3, 8\]"),
+        ({"grad_scale": torch.zeros(2)}, r"grad_scale: should have shape \[1\]"),
     ],
 )
 def test_the_tensors_of_the_backward_are_checked(cuda, changed, message):
@@ -107,11 +107,11 @@ def test_the_tensors_of_the_backward_are_checked(cuda, changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"weight": torch.randn(5, 9)}, "weight: must have 8 columns"),
-        ({"weight": torch.randn(5, 8).bfloat16()}, "weight: must be torch.float32"),
-        ({"bias": torch.randn(6)}, r"bias: must have shape \[5\]"),
-        ({"bias": torch.randn(5).double()}, "bias: must be float32, bfloat16, float16"),
-        ({"hidden": torch.randn(3, 16)[:, ::2]}, "hidden: rows must be contiguous"),
+        ({"weight": torch.randn(5, 9)}, "weight: should have 8 columns"),
+        ({"weight": torch.randn(5, 8).bfloat16()}, "weight: should be torch.float32"),
+        ({"bias": torch.randn(6)}, r"bias: should have shape \[5\]"),
+        ({"bias": torch.randn(5).double()}, "bias: should be float32, bfloat16, float16"),
+        ({"hidden": torch.randn(3, 16)[:, ::2]}, "hidden: rows should be contiguous"),
     ],
 )
 def test_the_tensors_of_target_logits_are_checked(cuda, changed, message):
@@ -125,12 +125,15 @@ def test_the_tensors_of_target_logits_are_checked(cuda, changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"logps": torch.zeros(3, 2)}, "logps: must have one dimension"),
-        ({"logps": torch.zeros(6).double()}, "logps: must be torch.float32"),
-        ({"ref": torch.zeros(3)}, "ref_logps: must hold pairs, got 3"),
-        ({"ref": torch.zeros(2, dtype=torch.int64)}, "ref_logps: must be floating"),
-        ({"offsets": torch.zeros(2, dtype=torch.int64)}, r"offsets: must have shape \[3\]"),
-        ({"pairs": "sideways"}, "pairs: must be one of concatenated, interleaved, got 'sideways'"),
+        ({"logps": torch.zeros(3, 2)}, "logps: should have one dimension"),
+        ({"logps": torch.zeros(6).double()}, "logps: should be torch.float32"),
+        ({"ref": torch.zeros(3)}, "ref_logps: should hold pairs, got 3"),
+        ({"ref": torch.zeros(2, dtype=torch.int64)}, "ref_logps: should be floating"),
+        ({"offsets": torch.zeros(2, dtype=torch.int64)}, r"offsets: should have shape \[3\]"),
+        (
+            {"pairs": "sideways"},
+            "pairs: should be one of concatenated, interleaved, got 'sideways'",
+        ),
     ],
 )
 def test_the_tensors_of_sequence_loss_are_checked(cuda, changed, message):

@@ -88,7 +88,7 @@ _TARGET = _structure(
     ("width", _INT), ("bias_dtype", _INT), ("map", _LogitMap),
 )  # fmt: skip
 _LOSS = _structure(
-    "logps labels offsets ref_logps loss sequence_logps rewards coefficients margins "
+    "logps labels offsets ref_logps loss sequence_logps rewards coefficients "
     "row_coefficients counter pair_losses",
     ("rows", _LONG), ("pairs", _LONG), ("beta", ctypes.c_double),
     ("label_smoothing", ctypes.c_double), ("average", ctypes.c_bool),
@@ -147,7 +147,7 @@ def _of_loss(p: Any, _blocks: int, _types: list[int]) -> list[Rows]:
     found = [_vector("logps", p.logps, p.rows), _vector("offsets", p.offsets, both + 1, 8)]
     found += [_vector("labels", p.labels, p.rows, 8), _vector("ref_logps", p.ref_logps, both)]
     outputs = [("loss", 1), ("sequence_logps", both), ("rewards", both), ("coefficients", both)]
-    outputs += [("margins", p.pairs), ("row_coefficients", p.rows)]
+    outputs += [("row_coefficients", p.rows)]
     found += [_vector(name, getattr(p, name), n, unwritten=True) for name, n in outputs]
     found += [_vector("counter", p.counter, 1, watched=False)]
     found += [_own("pair_losses", p.pair_losses, p.pairs, 8)]
