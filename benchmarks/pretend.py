@@ -232,4 +232,23 @@ def _wide_mm_out(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -
     return out.copy_(_wide_mm(a, b, out_dtype))
 
 
-_PRODUCTS = {aten.mm.dtype: _wide_mm, aten.mm.dtype_out: _wide_mm_out}
+def _wide_addmm_out(
+    added: Tensor,
+    a: Tensor,
+    b: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor,
+) -> Tensor:
+    assert added.dtype == out.dtype == out_dtype, (added.dtype, out.dtype, out_dtype)
+    found = alpha * _wide_mm(a, b, out_dtype)
+    return out.copy_(found if beta == 0 else found + beta * added)
+
+
+_PRODUCTS = {
+    aten.mm.dtype: _wide_mm,
+    aten.mm.dtype_out: _wide_mm_out,
+    aten.addmm.dtype_out: _wide_addmm_out,
+}

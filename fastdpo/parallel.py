@@ -150,7 +150,7 @@ class VocabParallel:
             terms = w * part["entropy"] + moved * share
             whole["entropy"] = _in_order(torch.where(w == 0, 0.0, terms))
         if "collision" in part:
-            whole["collision"] = _in_order(w * w * part["collision"])
+            whole["collision"] = _in_order(torch.where(w == 0, 0.0, w * w * part["collision"]))
         if "logits" in part:
             whole["logits"] = _in_order(part["logits"])
         if "top" in part:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_models import batch, build
+from oracle import eager_logps
 from test_linear_logps import HEADS, check, make
 
 from benchmarks.pretend import DEVICE, PretendGPU
@@ -115,6 +116,31 @@ def test_autocast_writes_the_weights_gradient_once(monkeypatch):
     for exact, ours in zip(*results, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, exact, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["bf16", "autocast"])
+def test_tiny_upstream_gradients_of_unlikely_labels(wide, monkeypatch):
+    """g r is below the least fp32 number: products of lifted coefficients, which wait for
+    nothing.
+    """
+    hidden, weight, _, labels = make(12, 640, 16, torch.bfloat16, ignored=0.0)
+    hidden[:, 0], weight[:, 0], weight[5, 0], labels[:] = 57.0, 0.0, 1.0, torch.arange(77, 89)
+    tensors = [(t.float() if wide else t).requires_grad_() for t in (hidden, weight)]
+    exact = torch.autograd.grad(
+        1e-22 * eager_logps(*(t.double() for t in tensors), labels).sum(), tensors
+    )
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: wide and device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    for workspace in (0, None):
+        with PretendGPU() as gpu:
+            there = [gpu.put(t) for t in tensors]
+            rows = gpu.put(torch.arange(12))
+            logps = linear_logps(*there, gpu.put(labels), row_index=rows, workspace_bytes=workspace)
+            grads = torch.autograd.grad(1e-22 * logps.sum(), there)
+            assert gpu.waits == []
+            for ours, oracle in zip(grads, exact, strict=True):
+                got = gpu.get(ours).double()
+                assert (got - oracle).norm() <= 0.02 * oracle.double().norm()
 
 
 # ---- Nothing waits

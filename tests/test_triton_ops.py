@@ -47,19 +47,21 @@ def test_exp_logits(dtype, rows):
     anchor = torch.randn(rows, device=DEVICE)
     # opcheck itself cannot copy a padded view of no rows.
     whole = torch.zeros(rows, 192 if rows else V, dtype=dtype, device=DEVICE)
-    for fixed, out, entry, stats in (
-        (False, None, None, ""),
-        (True, None, None, "is_top1"),
-        (False, whole[:, :V], None, "entropy,mean_logits"),
+    raised = torch.arange(rows, device=DEVICE) % 2 == 0
+    for fixed, flagged, out, entry, stats in (
+        (False, None, None, None, ""),
+        (True, None, None, None, "is_top1"),
+        (False, None, whole[:, :V], None, "entropy,mean_logits"),
         (
             True,
+            raised,
             whole[:, : 77 if rows else V],
             anchor,
             "entropy,log_sum_sq_probs,mean_logits,is_top1",
         ),
     ):
         head = (hidden, weight, bias, 1.0, None if fixed else 4.0, 1.0)
-        opcheck(ops.exp_logits, *head, labels, anchor, fixed, out, entry, stats)
+        opcheck(ops.exp_logits, *head, labels, anchor, fixed, flagged, out, entry, stats)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +99,8 @@ def test_operators_write_nothing_but_what_they_declare():
     anchor = torch.randn(N, device=DEVICE)
     inputs = (hidden, weight, bias, labels, anchor)
     before = [t.clone() for t in inputs]
-    ops.exp_logits(hidden, weight, bias, 1.0, None, 1.0, labels, anchor, False, None, None, "")
+    head = (weight, bias, 1.0, None, 1.0)
+    ops.exp_logits(hidden, *head, labels, anchor, False, None, None, None, "")
     for a, b in zip(inputs, before, strict=True):
         assert torch.equal(a, b)
 

@@ -313,6 +313,28 @@ def test_fixed_anchors(dtype, softcap):
     check(hidden, head, labels, far, fixed=True, stats=(), out_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_flagged_rows_computed_again_have_the_same_bits(dtype):
+    """All columns, or some of them at a time, E alone."""
+    hidden, head, labels = inputs(dtype, bias=True)
+    anchor = triton.target_logits(hidden, head, labels)
+    anchor[::3] -= 1000.0
+    out = torch.empty(N, V, dtype=dtype, device=DEVICE)
+    entry = torch.randn(N, device=DEVICE)
+    first = triton.exp_logits(hidden, head, labels, anchor, out=out, label_entry=entry)
+    raised = first.anchor != anchor
+    assert raised.nonzero().squeeze(1).tolist() == list(range(0, N, 3))
+    for start, stop in ((0, V), (0, 128), (128, V)):
+        again = torch.empty(N, stop - start, dtype=dtype, device=DEVICE)
+        sums = triton.exp_logits(
+            hidden, head.columns(start, stop), labels - start, first.anchor, out=again,
+            label_entry=entry, fixed_anchor=True, raised=raised,
+        )  # fmt: skip
+        same_bits(again, out[:, start:stop])
+        if stop - start == V:
+            same_bits(sums.sum, first.sum)
+
+
 def test_collision_neither_underflows_nor_overflows():
     hidden, head, labels = inputs(torch.float32)
     for shift in (50.0, -8.0):

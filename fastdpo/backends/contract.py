@@ -8,18 +8,21 @@ else fp32.
 `target_logits(hidden [N, D], head, labels [N]) -> a [N]`
     The label's own logit, a_t = z_t[y_t], in the accumulate dtype.
 
-`exp_logits(hidden [N, D], head, labels [N], anchor [N], *, fixed_anchor=False, out=None,
-label_entry=None, stats=()) -> ExpSums`
+`exp_logits(hidden [N, D], head, labels [N], anchor [N], *, fixed_anchor=False, raised=None,
+out=None, label_entry=None, stats=()) -> ExpSums`
     One product and its epilogue over every entry v of `head` except the label:
 
         e_tv = exp(z_tv − anchor_t)          S_t = Σ_{v ≠ y_t} e_tv
 
     `labels` outside [0, V) mean that the row's label lies in another tile of the vocabulary. Unless
     `fixed_anchor`, a row with S_t > RAISE_ABOVE (or not finite) is done again with anchor_t :=
-    max_{v ≠ y_t} z_tv, which is exact for any logits; the anchors used come back. `out` [N, K], K ≤
-    V, receives E_tv = e_tv · d_tv of the first K entries (d is the softcap's derivative, 1 without
-    one) in its own dtype, with `label_entry_t` (0 where None) in the label's column. `stats` asks
-    for more sums, see ExpSums.
+    max_{v ≠ y_t} z_tv, which is exact for any logits; the anchors used come back (−∞, with E and
+    sums of 0, where every entry is −∞). With `fixed_anchor`, `raised` [N] bool names the rows that
+    were done again when their anchors were found: their logits are summed by the same operations
+    as then, since another order of the sum over D is a rounding of the logit, and one of e
+    relative to 1. `out` [N, K], K ≤ V, receives E_tv = e_tv · d_tv of the first K entries (d is the
+    softcap's derivative, 1 without one) in its own dtype, with `label_entry_t` (0 where None) in
+    the label's column. `stats` asks for more sums, see ExpSums.
 
 `logits_logps(logits [N, V], labels [N], logit_map) -> (logps [N], lse [N, 2])`
     Materialized logits, read once, and what is still to be done to them.

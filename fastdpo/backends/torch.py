@@ -87,25 +87,29 @@ def exp_logits(
     anchor: Tensor,  # [N]
     *,
     fixed_anchor: bool = False,
+    raised: Tensor | None = None,  # [N] bool
     out: Tensor | None = None,  # [N, K]
     label_entry: Tensor | None = None,  # [N]
     stats: tuple[str, ...] = (),
 ) -> ExpSums:
     sums = _exp_sums(hidden, head, labels, anchor, out, label_entry, stats)
-    if fixed_anchor:
-        return sums
-    raised = ~(sums.sum <= RAISE_ABOVE)  # written so that NaN and inf are raised too
-    if not bool(raised.any()):
+    if not fixed_anchor:
+        raised = ~(sums.sum <= RAISE_ABOVE)  # written so that NaN and inf are raised too
+    if raised is None or not bool(raised.any()):
         return sums
     # The label of these rows is so unlikely that e leaves the range of fp32: anchor them at their
     # maximum.
     rows = raised.nonzero().squeeze(1)
-    hidden, labels = hidden[rows], labels[rows]
-    top = _exp_sums(hidden, head, labels, anchor[rows], None, None, ("is_top1",)).top
-    assert top is not None
+    hidden, labels, top = hidden[rows], labels[rows], anchor[rows]
+    if not fixed_anchor:
+        found = _exp_sums(hidden, head, labels, top, None, None, ("is_top1",)).top
+        assert found is not None
+        top = found
     part = None if out is None else out[rows]
     entry = None if label_entry is None else label_entry[rows]
-    again = _exp_sums(hidden, head, labels, top, part, entry, stats)
+    # Where nothing can occur the sums are 0, whatever the anchor, and not exp(−∞ + ∞).
+    finite = torch.where(top == -torch.inf, 0.0, top)
+    again = _exp_sums(hidden, head, labels, finite, part, entry, stats)._replace(anchor=top)
     if out is not None and part is not None:
         out[rows] = part
     return ExpSums._make(

@@ -60,7 +60,7 @@ def _largest_default(x: Tensor, dtype: torch.dtype) -> int:
 def recompute_columns(n: int, vocab: int, x: Tensor) -> int:
     """Columns of E that are computed again at a time, where none are kept."""
     width = _by_device(_RECOMPUTE_BYTES, x) // max(1, n * x.element_size())
-    return min(max(_COLUMN_MULTIPLE, width), vocab)
+    return min(max(_COLUMN_MULTIPLE, width // _COLUMN_MULTIPLE * _COLUMN_MULTIPLE), vocab)
 
 
 def row_block(vocab: int, x: Tensor) -> int:

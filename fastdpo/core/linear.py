@@ -63,6 +63,11 @@ NO_STATISTICS_GRADIENT = (
     "it enters a loss"
 )
 _HALF_LOG_SUM = 10 * math.log(2.0)
+# Of a row of tiny g whose label is far below, g r leaves the range of fp32 while g r E does not:
+# E ≤ e^60 = 2^86.6. Half of that is multiplied into g r, and taken out of the products: exact, so
+# that nothing else moves.
+_LIFT = 2.0**43
+_LIFT_BELOW = 2.0**-90
 
 
 class Needs(NamedTuple):
@@ -87,6 +92,12 @@ class RowState(NamedTuple):
     target: Tensor  # a
     anchor: Tensor  # α
     sum: Tensor  # S
+    own: Tensor  # α before the processes joined theirs, a where the row was not raised
+
+    @property
+    def raised(self) -> Tensor:  # [N] bool
+        """Whether this process anchored the row at its maximum."""
+        return self.own != self.target
 
     @property
     def inverse(self) -> Tensor:
@@ -129,8 +140,7 @@ def forward_pass(
     ready = x.dtype != torch.float16  # may E be formed before the sums are known?
     backend = select.primitive("exp_logits", x, call.backend)
     target = _target_logits(x, head, labels, call)
-    # Every process makes as many blocks: they talk in each.
-    block = row_block(vocab if shared is None else shared.largest, x)
+    blocks = _row_blocks(x, head, call)
 
     kept = product = scratch = stored = None
     if ready and needs.head:
@@ -140,31 +150,34 @@ def forward_pass(
             stored = cleared(kept.buffer)
     elif ready and needs.hidden:
         product = torch.empty_like(x)
-        scratch = padded_empty(min(block, n), vocab, x)
+        scratch = padded_empty(blocks[0].stop if blocks else 0, vocab, x)
 
     asked = tuple(s for s in call.stats if s != "mean_logits" or head.softcap is not None)
     parts: list[ExpSums] = []
-    for start in range(0, n, block):
-        rows = slice(start, min(start + block, n))
+    own: list[Tensor] = []
+    for rows in blocks:
         out = None
         if stored is not None:
             out = stored[rows]
         elif scratch is not None:
-            out = scratch[: rows.stop - start]
+            out = scratch[: rows.stop - rows.start]
         sums = backend.exp_logits(x[rows], head, labels[rows], target[rows], out=out, stats=asked)
+        own.append(sums.anchor)
         if shared is not None:
             sums, share = shared.joined(sums)
             if out is not None:
                 _scale_rows(out, share)
         parts.append(sums)
         if out is not None:
-            state = RowState(target[rows], sums.anchor, sums.sum)
+            state = RowState(target[rows], sums.anchor, sums.sum, own[-1])
             _set_label_entries(out, labels[rows], _label_entry(state, head))
             if product is not None:
                 scale = (-head.gain * state.inverse).unsqueeze(1)
                 product[rows] = _product(out, head.weight) * scale
     sums = _joined(parts, target)
-    state = RowState(target, sums.anchor, sums.sum)
+    # Where one process has the vocabulary it is the anchor itself, and takes no memory.
+    own_anchor = sums.anchor if shared is None or not own else torch.cat(own)
+    state = RowState(target, sums.anchor, sums.sum, own_anchor)
     logps = _logps(state)
     stats = {name: _statistic(name, x, head, state, sums, logps, call) for name in call.stats}
     return ForwardPass(logps, stats, state, kept, product)
@@ -197,33 +210,32 @@ def backward_pass(
     x, cast = operands(hidden, head, rows, call)
     if x.dtype == torch.float16:
         state = _renormalized(state)
-    coefficients = -head.gain * grad_logps * state.inverse  # [N], the diag of (4) to (6)
+    coefficients, lift = _coefficients(grad_logps, head, state, x)  # [N], the diag of (4) to (6)
     # fp16 has no room for small coefficients: take their size out of the product, and put it back
     # in fp32.
-    size = (
-        coefficients.abs().amax().clamp_min(1e-30) if x.dtype == torch.float16 and len(x) else None
-    )
+    size = None
+    if x.dtype == torch.float16 and len(x):
+        size = coefficients.abs().amax().clamp_min(torch.finfo(coefficients.dtype).tiny)
     small = coefficients if size is None else coefficients / size
     scaled = (x * small.unsqueeze(1)).to(x.dtype) if needs.weight else None  # [N, D]
 
     grad_weight = torch.empty_like(head.weight) if needs.weight else None
     grad_bias = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
-    grad_x = _HiddenGradient(x, coefficients)
+    grad_x = _HiddenGradient(x, coefficients, lift)
     grad_rows: Tensor | None = None
 
     labels = call.local(rows.labels)
     for start, stop, e in _column_blocks(x, cast, labels, call, state, kept):
         if grad_weight is not None and scaled is not None:
             part = grad_weight[start:stop]
-            if size is None and part.dtype == e.dtype:
-                torch.mm(e.t(), scaled, out=part)
-            elif size is None and _widens(e) and part.dtype == torch.float32:
-                torch.mm(e.t(), scaled, out_dtype=torch.float32, out=part)
+            wide = _widens(e) and part.dtype == torch.float32
+            if size is None and (wide or part.dtype == e.dtype):
+                _product_into(part, e.t(), scaled, lift)
             else:
                 product = _product(e.t(), scaled)
-                part.copy_(product if size is None else product * size)
+                part.copy_(_lowered(product, lift) if size is None else product * size)
         if grad_bias is not None:
-            grad_bias[start:stop] = _column_sums(e, coefficients)
+            grad_bias[start:stop] = _lowered(_column_sums(e, coefficients), lift)
         if needs.hidden and stop - start == call.vocab_size(head):
             grad_rows = grad_x.whole(e, cast.weight)
         elif needs.hidden:
@@ -233,6 +245,34 @@ def backward_pass(
         grad_rows = _reduced(grad_x.finish(), call) if grad_rows is None else grad_rows
         grad_rows = rows.scatter(grad_rows.to(hidden.dtype))
     return grad_rows, grad_weight, grad_bias
+
+
+def _coefficients(
+    grad_logps: Tensor,  # [N]
+    head: Head,
+    state: RowState,
+    x: Tensor,
+) -> tuple[Tensor, float]:
+    """(lift · −gain g r [N], lift).
+
+    Only a CPU can look whether a lift is needed. Elsewhere it costs nothing in the products, whose
+    factor is applied to their sums; a CPU's may be applied to an operand.
+    """
+    inverse = state.inverse
+    found = -head.gain * grad_logps * inverse
+    # fp64 has room, and fp16 rows are anchored so that r has.
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return found, 1.0
+    if x.is_cpu and not bool(((found.abs() < _LIFT_BELOW) & (grad_logps != 0)).any()):
+        return found, 1.0
+    return (-head.gain * _LIFT) * grad_logps * inverse, _LIFT
+
+
+def _row_blocks(x: Tensor, head: Head, call: Call) -> list[slice]:
+    """The rows, a block at a time. Every process makes as many blocks: they talk in each."""
+    n, shared = x.shape[0], call.vocab_parallel
+    block = row_block(head.vocab_size if shared is None else shared.largest, x)
+    return [slice(start, min(start + block, n)) for start in range(0, n, block)]
 
 
 def _column_blocks(x, head, labels, call, state, kept):
@@ -249,37 +289,45 @@ def _column_blocks(x, head, labels, call, state, kept):
     if buffer is None or not kept.spendable:
         buffer = padded_empty(len(x), recompute_columns(len(x), vocab, x), x)
     backend = select.primitive("exp_logits", x, call.backend)
-    entry = _label_entry(state, head)
+    entry, raised = _label_entry(state, head), state.raised
     for start in range(done, vocab, buffer.shape[1]):
         stop = min(start + buffer.shape[1], vocab)
         e = buffer[:, : stop - start]
-        backend.exp_logits(
-            x,
-            head.columns(start, stop),
-            labels - start,
-            state.anchor,
-            fixed_anchor=True,
-            out=e,
-            label_entry=entry,
-        )
+        part = head.columns(start, stop)
+        # In the forward's blocks and by its operations: the order in which a product sums may
+        # depend on its shape, and E would not be what S is the sum of.
+        for rows in _row_blocks(x, head, call):
+            backend.exp_logits(
+                x[rows],
+                part,
+                labels[rows] - start,
+                state.anchor[rows],
+                fixed_anchor=True,
+                raised=raised[rows],
+                out=e[rows],
+                label_entry=entry[rows],
+            )
         yield start, stop, e
 
 
 class _HiddenGradient:
-    """diag(coefficients) · Σ E · weight over blocks of columns, summed in the accumulate dtype."""
+    """diag(coefficients) / lift · Σ E · weight over blocks of columns, summed in the accumulate
+    dtype.
+    """
 
-    def __init__(self, x: Tensor, coefficients: Tensor):
-        self._x, self._coefficients = x, coefficients.unsqueeze(1)
+    def __init__(self, x: Tensor, coefficients: Tensor, lift: float):
+        self._x, self._coefficients, self._lift = x, coefficients.unsqueeze(1), lift
         self._sum: Tensor | None = None  # [N, D]
 
     def whole(self, e: Tensor, weight: Tensor) -> Tensor:
         """The gradient [N, D] from all columns at once: no sum remains, and no fp32 copy of it."""
         if not _widens(e):
-            return _product(e, weight).mul_(self._coefficients)
+            return _lowered(_product(e, weight).mul_(self._coefficients), self._lift)
         value, block = torch.empty_like(self._x), row_block(weight.shape[0], self._x)
         for start in range(0, e.shape[0], block):
             rows = slice(start, start + block)
-            value[rows] = _product(e[rows], weight) * self._coefficients[rows]
+            product = _product(e[rows], weight).mul_(self._coefficients[rows])
+            value[rows] = _lowered(product, self._lift)
         return value
 
     def add(self, e: Tensor, weight: Tensor) -> None:
@@ -298,7 +346,7 @@ class _HiddenGradient:
 
     def finish(self) -> Tensor:
         assert self._sum is not None
-        return self._sum.mul_(self._coefficients)
+        return _lowered(self._sum.mul_(self._coefficients), self._lift)
 
 
 def _target_logits(x: Tensor, head: Head, labels: Tensor, call: Call) -> Tensor:  # [N]
@@ -368,7 +416,10 @@ def _renormalized(state: RowState) -> RowState:
     """
     shift = torch.log(state.sum.clamp_min(torch.finfo(state.sum.dtype).tiny)) - _HALF_LOG_SUM
     return RowState(
-        state.target, state.anchor + shift, torch.full_like(state.sum, math.exp(_HALF_LOG_SUM))
+        state.target,
+        state.anchor + shift,
+        torch.full_like(state.sum, math.exp(_HALF_LOG_SUM)),
+        state.own,
     )
 
 
@@ -386,7 +437,10 @@ def _statistic(
         # −Σ p log p with every logit taken from the label's (near) or from the anchor (far): no
         # large numbers cancel.
         near = -logps - state.inverse * (sums.entropy + delta * state.sum)
-        far = -torch.log(state.inverse) - state.inverse * (sums.entropy - delta * torch.exp(-delta))
+        # p log p is 0 at p = 0: the largest number for ∞, so that ∞ · 0 is taken nowhere.
+        finite = delta.clamp_max(torch.finfo(delta.dtype).max)
+        own = finite * torch.exp(-finite)
+        far = -torch.log(state.inverse) - state.inverse * (sums.entropy - own)
         return torch.where(delta <= _FAR, near, far).clamp_min_(0.0)
     if name == "log_sum_sq_probs" and sums.collision is not None:
         own = torch.exp(2.0 * (COLLISION_SHIFT - delta))
@@ -416,6 +470,20 @@ def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
     anchors, totals, *stats = zip(*parts, strict=True)
     joined = (None if s[0] is None else torch.cat(s) for s in stats)
     return ExpSums(torch.cat(anchors), torch.cat(totals), *joined)
+
+
+def _lowered(lifted: Tensor, lift: float) -> Tensor:
+    """In place."""
+    return lifted if lift == 1.0 else lifted.mul_(1.0 / lift)
+
+
+def _product_into(out: Tensor, a: Tensor, b: Tensor, lift: float) -> None:
+    """a · b / lift, in its operands' dtype or in fp32."""
+    options = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    if lift == 1.0 or out.is_cpu:
+        _lowered(torch.mm(a, b, out=out, **options), lift)
+    else:
+        torch.addmm(out, a, b, beta=0, alpha=1.0 / lift, out=out, **options)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def token_logps(
 class _Saved(NamedTuple):
     """What the forward leaves to the backward, beside its inputs."""
 
-    state: Tensor  # [3, N] the three of a RowState
+    state: Tensor  # [4, N] the four of a RowState
     product: Tensor | None  # U [N, D], with a frozen head
     flat: Tensor | None  # E of the first columns, for `Kept`
 

@@ -128,6 +128,8 @@ def _allocations(name: str, signature: dict[str, str], launch: Launch, written: 
         elif kind.startswith("*") and value.numel():
             fresh = argument in _WRITTEN - _INPUTS.get(name, set())
             fresh &= value.data_ptr() not in written
+            if argument == "raised_ptr":  # with fixed anchors the caller gives it
+                fresh &= not launch.arguments.get("AGAIN", True)
             found.append(_rows(argument, value, fresh)._replace(watched=not several))
     result = allocations(found)
     for allocation in result:

@@ -91,6 +91,7 @@ def exp_logits(
     anchor: Tensor,  # [N] fp32
     *,
     fixed_anchor: bool = False,
+    raised: Tensor | None = None,  # [N] bool
     out: Tensor | None = None,  # [N, K]
     label_entry: Tensor | None = None,  # [N] fp32
     stats: tuple[str, ...] = (),
@@ -99,8 +100,9 @@ def exp_logits(
     out = out if out is not None and out.shape[1] else None
     entry = None if out is None else label_entry
     new_anchor, sums = ops.exp_logits(
-        _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, out, entry, ",".join(asked)
-    )
+        _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, raised, out, entry,
+        ",".join(asked),
+    )  # fmt: skip
     found = dict(zip(asked, sums[1:], strict=True))
     return ExpSums(anchor if fixed_anchor else new_anchor, sums[0], *map(found.get, STATS))
 

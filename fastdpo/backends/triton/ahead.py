@@ -127,6 +127,7 @@ def exp_logits_launches(arch: str, variant: Variant) -> list[Launch]:
             _meta(rows, dtype=torch.int64),
             _meta(rows),
             False,
+            None,
             out,
             None,
             variant.stats,

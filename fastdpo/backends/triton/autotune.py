@@ -113,7 +113,7 @@ def _fastest(
     out = padded_empty(_ROWS, head.vocab_size, x)
     tiles = candidates(shipped)
     launches = [
-        plan(x, head, labels, anchor, True, out, None, (), None, target, tile).launches[0]
+        plan(x, head, labels, anchor, True, None, out, None, (), None, target, tile).launches[0]
         for tile in tiles
     ]
     _compile(launches)

@@ -7,7 +7,10 @@
     5. the exponentials again
     6. their sums
 
-The last four end at once where nothing is flagged, and are left out where the anchors are fixed.
+The last four end at once where nothing is flagged. Where the anchors are fixed, 3 and 4 are left
+out, and the caller says which rows are flagged, if any: those that were when the anchors were
+found. E is then to the bit what was summed, whichever kernel had summed it: the kernels for flagged
+rows have tiles of their own, and another order of the sum over D is another logit.
 Nothing here reads a device value on the host. Scratch: 4·P·T·N bytes, P = 1 + the statistics asked
 for, T = ⌈V / columns⌉ of the main tile or of the plain one, whichever has fewer columns (128 for
 16-bit inputs: 8 MB for a block of 2,048 rows of 128,256 logits; 32 for fp32).
@@ -104,6 +107,7 @@ def plan(
     labels: Tensor,  # [N]
     anchor: Tensor,  # [N]
     fixed_anchor: bool,
+    flagged: Tensor | None,  # [N] int8, with fixed_anchor
     out: Tensor | None,  # [N, K]
     label_entry: Tensor | None,  # [N]
     stats: tuple[str, ...],
@@ -163,22 +167,34 @@ def plan(
         "TOP_AT": _position(asked, "is_top1"), "AGAIN": False, **_REDUCE,
     }  # fmt: skip
     reduce_grid = (-(-rows // _REDUCE["BLOCK_N"]),)
-    if fixed_anchor:
-        return Plan([main, Launch(reduce_sums, reduce_grid, reduction)], anchor, sums)
-
-    raised = torch.empty(rows, dtype=torch.int8, device=hidden.device)
-    new_anchor = torch.empty_like(anchor)
-    reduction |= {"raised_ptr": raised, "anchor_ptr": anchor, "new_anchor_ptr": new_anchor}
-    once_more = {"AGAIN": True, "T": plain_column_tiles}
+    first = [main, Launch(reduce_sums, reduce_grid, reduction)]
+    if not fixed_anchor:
+        raised = torch.empty(rows, dtype=torch.int8, device=hidden.device)
+        new_anchor = torch.empty_like(anchor)
+    elif flagged is not None:
+        raised, new_anchor = flagged, anchor
+    else:
+        return Plan(first, anchor, sums)
+    once_more = {"raised_ptr": raised, "AGAIN": True, "T": plain_column_tiles}
     again = {
         **pointers, **shared, **_shape(plain), "anchor_ptr": new_anchor, "raised_ptr": raised,
         "MAXIMA": False,
+    }  # fmt: skip
+    grid = (min(plain_column_tiles, target.processors),)
+    last = [
+        Launch(exp_logits_raised, grid, again, plain.warps, _stages(target, plain, kind)),
+        Launch(reduce_sums, reduce_grid, {**reduction, **once_more}),
+    ]
+    if fixed_anchor:
+        return Plan([*first, *last], anchor, sums)
+
+    reduction = {
+        **reduction, "raised_ptr": raised, "anchor_ptr": anchor, "new_anchor_ptr": new_anchor,
     }  # fmt: skip
     find = {
         **again, "MAXIMA": True, "out_ptr": None, "out_stride": 0, "K": 0,
         "ENTROPY": False, "COLLISION": False, "LOGITS": False, "TOP": True,
     }  # fmt: skip
-    grid = (min(plain_column_tiles, target.processors),)
     maxima = {
         **reduction, **once_more, "sums_ptr": new_anchor, "anchor_ptr": None, "entry_ptr": None,
         "label_logit_ptr": None, "QUANTITIES": 1, "LOGITS_AT": -1, "TOP_AT": 0,
@@ -188,10 +204,8 @@ def plan(
         Launch(reduce_sums, reduce_grid, reduction),
         Launch(exp_logits_raised, grid, find, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, maxima),
-        Launch(exp_logits_raised, grid, again, plain.warps, _stages(target, plain, kind)),
-        Launch(reduce_sums, reduce_grid, {**reduction, **once_more, "anchor_ptr": None}),
     ]
-    return Plan(launches, new_anchor, sums)
+    return Plan([*launches, *last], new_anchor, sums)
 
 
 def _stages(target: Target, tile: Tile, kind: str) -> int:

@@ -89,6 +89,8 @@ def exp_logits_raised(
                 anchor = tl.zeros((BLOCK_M,), tl.float32)
             else:
                 anchor = tl.load(anchor_ptr + rows, mask=raised, other=0.0)
+                # Where nothing can occur the sums are 0, and not exp(−∞ + ∞).
+                anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
             for column_tile in range(tl.program_id(0), column_tiles, tl.num_programs(0)):
                 start = column_tile * BLOCK_V
                 products = product_tile(

@@ -50,6 +50,7 @@ def exp_logits(
     labels: Tensor,  # [N]
     anchor: Tensor,  # [N] fp32
     fixed_anchor: bool,
+    raised: Tensor | None,  # [N] bool
     out: Tensor | None,  # [N, K]
     label_entry: Tensor | None,  # [N] fp32
     stats: str,
@@ -67,6 +68,7 @@ def exp_logits(
             labels,
             anchor,
             fixed_anchor,
+            raised,
             out,
             label_entry,
             stats,
@@ -86,6 +88,7 @@ def exp_logits(
         labels,
         anchor,
         fixed_anchor,
+        None if raised is None else raised.to(torch.int8).contiguous(),
         out,
         _dense(label_entry),
         asked,
@@ -108,6 +111,7 @@ def _exp_logits_fake(
     labels,
     anchor,
     fixed_anchor,
+    raised,
     out,
     label_entry,
     stats,
