@@ -1,6 +1,6 @@
 """python -m benchmarks.counted: the memory of a step at the size of real models, without a GPU.
 
-The step runs on a GPU that is not there, on tensors without data (`benchmarks.pretend`): every
+The step runs on a GPU that is not there, on tensors without data (`instruments.fake_gpu`): every
 allocation that PyTorch's allocator would be asked for is counted, none is made. What is missing of
 a real peak: the allocator's rounding, the vendor's workspaces, and scratch inside an operator (of
 fastdpo's: 4 bytes per row and tile of 128 columns, 8 MB for a block of 2,048 rows).
@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 from benchmarks import documents, plots, tables
 from benchmarks.environment import environment
 from benchmarks.inputs import IGNORE_INDEX, Inputs
-from benchmarks.pretend import DEVICE, PretendGPU
+from benchmarks.instruments.fake_gpu import DEVICE, FakeGPU
 from benchmarks.providers import Provider, by_name
 from benchmarks.runner import failure
 from benchmarks.scenarios import DTYPES, HEADS, TRAINS, Scenario
@@ -49,7 +49,7 @@ SCENARIOS = [
 ]
 
 
-def inputs_without_data(scenario: Scenario, gpu: PretendGPU) -> Inputs:
+def inputs_without_data(scenario: Scenario, gpu: FakeGPU) -> Inputs:
     count, length, shape = scenario.sequences, scenario.length, scenario.shape
     there: dict[str, Any] = {"device": DEVICE, "dtype": DTYPES[scenario.dtype]}
     hidden = torch.empty(count, length, shape.hidden_size, **there)
@@ -64,7 +64,7 @@ def inputs_without_data(scenario: Scenario, gpu: PretendGPU) -> Inputs:
 
 def extra_bytes(provider: Provider, scenario: Scenario) -> int:
     """Peak bytes of one step beyond inputs and gradients."""
-    with PretendGPU(data=False) as gpu:
+    with FakeGPU(data=False) as gpu:
         inputs = inputs_without_data(scenario, gpu)
         before = gpu.reset_peak()
         provider.step(inputs)

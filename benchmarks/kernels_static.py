@@ -27,7 +27,7 @@ from benchmarks import kernels_model, report, tables
 from benchmarks.kernels_model import Work
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-_MODULE = "fastdpo.backends.triton.ahead"
+_MODULE = "benchmarks.instruments.ahead_of_time"
 _H200 = "sm_90"
 _PROCESSORS = 132
 _N, _FEW, _V, _D, _SEQUENCES = 4096, 64, 128256, 4096, 64

@@ -1,6 +1,6 @@
 // What every kernel shares: element types, 16-byte access to rows at any element alignment,
 // exponentials, reductions in a fixed order. Plain CUDA C++ with no tensor-core and no
-// architecture-specific instruction but the guarded ex2 and rcp, so that tests/host runs the same
+// architecture-specific instruction but the guarded ex2 and rcp, so that tests/instruments/host runs the same
 // code on the CPU.
 #pragma once
 

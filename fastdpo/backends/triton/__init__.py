@@ -1,6 +1,6 @@
 """The primitives as Triton kernels, for NVIDIA GPUs from Ampere on and AMD's MI300.
 
-The contract is `fastdpo.backends`.
+The contract is `fastdpo.backends.contract`.
 
     target_logits.py, exp_logits_*.py, reduce_sums.py   hidden, head -> logits, exponentials, sums
     logits_logps.py, logits_logps_backward.py           materialized logits
@@ -8,7 +8,6 @@ The contract is `fastdpo.backends`.
     epilogue.py, language.py                            what kernels share
     exp_logits.py, row_launches.py, launch.py           what a primitive launches, and with what
     configs.py, autotune.py                             tile shapes per architecture
-    ahead.py                                            compiling for GPUs that are not there
     ops.py                                              the same as torch.library ops
 
 Importing this imports triton; `fastdpo` itself does not.

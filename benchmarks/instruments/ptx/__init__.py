@@ -1,0 +1,1 @@
+"""A machine that executes PTX in numpy, with memory and race checks."""

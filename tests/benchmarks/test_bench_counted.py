@@ -1,0 +1,94 @@
+"""Memory that is counted on tensors without data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import counted, documents, plots, sections
+from benchmarks.environment import environment
+from benchmarks.providers import by_name
+from benchmarks.scenarios import Scenario
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_eager_is_what_its_tensors_are():
+    """fp32 logits and their log-softmax at once, in a forward; the bf16 ones and a gradient of
+    the fp32 ones beside both products, in a step.
+    """
+    (eager,) = by_name(["eager"])
+    forward = Scenario("llama-3-8b", 8192, trains="forward")
+    fp32 = 8192 * 128_256 * 4
+    assert counted.extra_bytes(eager, forward) == pytest.approx(2 * fp32, rel=0.01)
+    step = Scenario("llama-3-8b", 8192)
+    assert 2 * fp32 < counted.extra_bytes(eager, step) < 3.5 * fp32
+
+
+def test_masked_rows_are_left_out():
+    (ours,) = by_name(["fastdpo"])
+    whole = counted.extra_bytes(ours, Scenario("llama-3-8b", 8192))
+    quarter = counted.extra_bytes(ours, Scenario("llama-3-8b", 8192, share=0.25))
+    assert quarter < whole / 3
+
+
+def test_a_peer_that_cannot_be_counted_says_why(monkeypatch):
+    eager, compiled, liger = by_name(["eager", "compiled", "liger-1"])
+    assert counted.row(compiled, counted.SCENARIOS[0])["status"] == "absent"
+    gemma = Scenario("gemma-2-2b", 64)
+    assert counted.row(liger, gemma)["status"] == "refused"
+
+    def broken(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(type(eager), "token_logps", broken)
+    failed = counted.row(eager, gemma)
+    assert (failed["status"], failed["reason"]) == ("failed", "RuntimeError: no such kernel")
+
+
+def test_the_document_its_section_and_its_plot(tmp_path):
+    scenarios = [Scenario("mistral-7b", tokens) for tokens in (4096, 8192)]
+    rows = [counted.row(p, s) for s in scenarios for p in by_name(["fastdpo", "eager", "cce"])]
+    doc = documents.document("counted", "Memory", environment(torch.device("cpu")), {}, rows)
+    text = sections.counted(doc)
+    assert "| scenario | `fastdpo` | `eager` |" in text  # not cce, which is absent everywhere
+    assert "nothing was measured" in text
+    assert "needs more: nowhere here" in text
+    for r in rows:
+        if r["provider"] == "eager":
+            r["extra_bytes"] = 1
+    assert "needs more: than `eager` on mistral-7b 4k 100% head bf16" in sections.counted(doc)
+    plots.counted(doc, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_the_command(tmp_path):
+    command = ["--head", "tiny", "--tokens", "64", "--providers", "fastdpo", "eager"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.counted", *command, "--out", tmp_path / "counted"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing was measured" in " ".join(done.stdout.split())
+    doc = json.loads((tmp_path / "counted.json").read_text())
+    assert [r["provider"] for r in doc["results"]] == ["fastdpo", "eager"]
+    assert all(r["extra_bytes"] > 0 for r in doc["results"])
+
+
+def test_a_wrong_scenario_is_refused(capsys, monkeypatch):
+    for wrong in (["--head", "tiny", "--tokens", "7"], ["--providers", "nobody"]):
+        monkeypatch.setattr(sys, "argv", ["counted", *wrong])
+        with pytest.raises(SystemExit):
+            counted.main()
+        assert "should be" in capsys.readouterr().err

@@ -1,0 +1,74 @@
+"""`compiled_triton.py`, for each architecture in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parents[2]
+_PLUGINS = ("-p", "no:cacheprovider", "-p", "benchmarks.instruments.ptx.triton_plugin")
+
+
+ARCHITECTURES = ("sm_80", "sm_90")
+KERNELS = "instruments/ptx/compiled_triton.py"
+# What a backend says of itself is not about kernels.
+ELSEWHERE = "it_says_what_it_serves or a_triton_that_is_too_old"
+
+
+def compiled(arch: str, path: str, *selection: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *_PLUGINS, *selection, str(TESTS / path)],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "FASTDPO_TRITON_PTX": arch,
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+@cache
+def all_compiled(*test: str) -> dict[str, subprocess.CompletedProcess[str]]:
+    """The architectures side by side."""
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda arch: compiled(arch, *test), ARCHITECTURES)
+        return dict(zip(ARCHITECTURES, done, strict=True))
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def passes(request):
+    def check(*test: str) -> None:
+        done = all_compiled(*test)[request.param]
+        assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
+        assert " passed" in done.stdout
+
+    return check
+
+
+def test_the_compiled_kernels(passes):
+    passes(KERNELS, "-m", "not slow")
+
+
+@pytest.mark.slow
+def test_more_of_the_compiled_kernels(passes):
+    passes(KERNELS, "-m", "slow")
+
+
+@pytest.mark.slow
+def test_every_test_of_the_primitives(passes):
+    passes("backends/test_triton_primitives.py", "-k", f"not ({ELSEWHERE})")
+
+
+@pytest.mark.slow
+def test_the_public_functions(passes):
+    passes("backends/test_triton_public.py")
