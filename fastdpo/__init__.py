@@ -46,9 +46,12 @@ __all__ = [
 ]
 
 _HOMES = {"SequenceParallel": ".parallel", "VocabParallel": ".parallel"}
+_MODULES = ("loss", "parallel")  # `import fastdpo` is enough for `fastdpo.loss.linear_logps`
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES.get(name, ".loss"), __name__), name)
@@ -57,4 +60,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastdpo.loss
-from fastdpo.integrations import hf
+from fastdpo.integrations import batches, hf
 from fastdpo.integrations.trl import use_fastdpo
 from fastdpo.objectives import markdown_table
 
@@ -85,6 +86,38 @@ def test_every_argument_of_a_public_function_is_described(function):
     entries = re.findall(r"^    ([\w*][\w*, ]*):", described, re.MULTILINE)
     names = {name.strip().lstrip("*") for entry in entries for name in entry.split(",")}
     assert names == set(inspect.signature(function).parameters)
+
+
+def code(page: str, containing: str) -> str:
+    """The Python block of the page that has such a line."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", text(DOCS / page), re.MULTILINE | re.DOTALL)
+    (block,) = [block for block in blocks if containing in block]
+    return block
+
+
+def test_the_quickstart_runs(capsys):
+    names: dict[str, torch.Tensor] = {}
+    exec(code("quickstart.md", "torch.randn"), names)
+    assert names["out"].loss.isfinite()
+    assert names["weight"].grad.shape == names["weight"].shape
+    assert capsys.readouterr().out.startswith("tensor(")
+
+
+def test_the_labels_of_a_packed_batch_are_those_of_a_padded_one():
+    ids = torch.randint(0, 50, (4, 7))
+    keep = torch.rand(4, 7) > 0.4
+    ends = torch.arange(5) * 7
+    names = {"ids": ids.flatten(), "keep": keep.flatten(), "cu_seqlens": ends.int()}
+    exec(code("tasks/packed.md", "labels[:-1]"), names)
+    padded = batches.shift_labels(torch.where(keep, ids, -100))
+    assert torch.equal(names["labels"].view(4, 7), padded)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_its_python_is_python(page):
+    for block in re.findall(r"^```python\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL):
+        if not block.startswith("--8<--"):  # a file, which is run elsewhere
+            ast.parse(block)
 
 
 def refused_arguments() -> set[str]:

@@ -48,6 +48,8 @@ def test_import_fastdpo_loads_nothing_heavy():
 def test_the_functions_load_pytorch_alone():
     assert loaded_after("import fastdpo; fastdpo.linear_dpo_loss") == ["torch"]
     assert loaded_after("from fastdpo import *") == ["torch"]
+    assert loaded_after("import fastdpo; fastdpo.loss.linear_logps") == ["torch"]
+    assert loaded_after("import fastdpo; fastdpo.parallel.VocabParallel") == ["torch"]
 
 
 def test_one_place_states_the_version():
