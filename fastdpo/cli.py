@@ -15,6 +15,8 @@ BAD_INPUT = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (0, or 2 with one line on stderr for bad input)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"] and "--frontier" in arguments:  # it has options of its own
+        return _frontier(arguments[1:])
     options = _parser().parse_args(arguments)
     return options.run(options)
 
@@ -63,6 +65,12 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     add("--device", help="cpu, cuda, ... (a GPU where there is one)")
     add("--dtype", default="float32", help="float32, or bfloat16 for autocast")
     add("--backend", help="fastdpo's backend: auto, torch, triton or cuda")
+    add(
+        "--frontier",
+        action="store_true",
+        help="the paper's frontier of reward against KL instead, in a world of 262,144 answers; "
+        "its own options: fastdpo demo --frontier --help",
+    )
     parser.set_defaults(run=_demo)
 
 
@@ -73,11 +81,29 @@ def _demo(arguments: argparse.Namespace) -> int:
     from fastdpo.demo.options import InputError, Options
     from fastdpo.demo.run import run
 
-    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    if arguments.frontier:  # argparse knows abbreviations
+        return _bad_input("--frontier should be written in full")
+    given = {
+        name: value for name, value in vars(arguments).items() if name not in ("run", "frontier")
+    }
     try:
         run(Options(**given))
     except InputError as error:
         return _bad_input(str(error))
+    return 0
+
+
+def _frontier(arguments: Sequence[str]) -> int:
+    missing = _missing("transformers", "matplotlib", "rich")
+    if missing:
+        return _bad_input(f"the demo needs {', '.join(missing)}: pip install 'fastdpo[demo]'")
+    from fastdpo.demo.frontier import command
+
+    try:
+        asked = command.read(arguments)
+    except ValueError as error:
+        return _bad_input(str(error))
+    command.run(asked)
     return 0
 
 

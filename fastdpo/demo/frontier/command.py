@@ -1,0 +1,138 @@
+"""`fastdpo demo --frontier`: the sweep with a progress bar, its figures, and a table."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastdpo.demo.frontier import figures
+from fastdpo.demo.frontier.plan import Run, full_plan, quick_plan
+from fastdpo.demo.frontier.results import Results, load, merge, spread
+from fastdpo.demo.frontier.settings import Settings
+from fastdpo.demo.frontier.sweep import check, sweep
+
+SEEDS = {"quick": 2, "full": 3}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastdpo demo --frontier",
+        description="The DPO paper's claims where the truth is known: reward against KL, and win "
+        "rates against temperature, with DPO, PPO and others in a world of 262,144 answers. The "
+        "quick version takes a few minutes on two CPU cores; a run that was interrupted goes on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--frontier", action="store_true", required=True, help=argparse.SUPPRESS)
+    add("--output", type=Path, default=Path("fastdpo-frontier"), help="the directory to write")
+    add("--full", action="store_true", help="every study, three seeds: under an hour")
+    add("--seeds", type=int, help="seeds of every run (2, or 3 with --full)")
+    add("--jobs", type=int, default=2, help="processes, of one thread each")
+    return parser
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for.
+
+    Raises:
+        ValueError: an option cannot be used, or the folder holds something else. Nothing has run
+            or been written then.
+    """
+
+    folder: Path
+    settings: Settings
+    plan: tuple[Run, ...]
+    jobs: int
+
+    def __post_init__(self) -> None:
+        check(self.folder, self.settings, self.plan, self.jobs)
+
+
+def read(arguments: Sequence[str]) -> Asked:
+    options = parser().parse_args(arguments)
+    seeds = options.seeds
+    if seeds is None:
+        seeds = SEEDS["full" if options.full else "quick"]
+    plan = full_plan(seeds) if options.full else quick_plan(seeds)
+    return Asked(options.output, Settings(), tuple(plan), options.jobs)
+
+
+def run(asked: Asked, console: Console | None = None) -> Results:
+    """The sweep, then everything that is made of its records."""
+    console = Console() if console is None else console
+    folder, plan = asked.folder, asked.plan
+    start = time.perf_counter()
+    with Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    ) as bars:
+        bar = bars.add_task("Runs", total=len(plan), note="")
+
+        def progress(finished: int, total: int, name: str) -> None:
+            bars.update(bar, completed=finished, total=total, note=name)
+
+        ran = sweep(folder, asked.settings, plan, jobs=asked.jobs, progress=progress)
+    results = load(folder)
+    merge(results, folder / "results.json")
+    drawn = figures.draw(results, folder / "figures")
+    console.print(table(results))
+    console.print(
+        f"{ran} runs in {time.perf_counter() - start:.0f} s, {len(plan) - ran} were there already. "
+        f"In [bold]{folder}[/bold]: results.json, figures/ ({', '.join(drawn)})."
+    )
+    return results
+
+
+def table(results: Results) -> Table:
+    """Every method of the first figure at the end of its training, the mean over seeds."""
+    frontier = results.truth("plain")["frontier"]
+    title = "Reward and KL, exact, beside the most reward that this KL can buy"
+    table = Table(title=title, title_justify="left")
+    for name in ("method", "KL", "reward", "of at most", "samples", "CPU s"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    shown = ("dpo", "ppo_learned", "ppo_true", "unlikelihood", "preferred_ft")
+    rows = {
+        (record["method"], *record["knobs"].items())
+        for record in results.records
+        if record["method"] in shown
+    }
+    for method, *knobs in sorted(rows, key=lambda row: (shown.index(row[0]), str(row[1:]))):
+        group = results.of(method, **dict(knobs))
+        kl, reward = (
+            spread(group, lambda record, key=key: record["curve"][-1][key])[0]
+            for key in ("kl", "reward")
+        )
+        budget = [record["budget"] for record in group]
+        name = ", ".join(f"{knob} {value}" for knob, value in knobs)
+        table.add_row(
+            f"{method} ({name})" if name else method,
+            f"{kl:.2f}",
+            f"{reward:.2f}",
+            f"{most_reward(frontier, kl):.2f}",
+            f"{budget[0]['samples']:,}",
+            f"{sum(b['cpu_seconds'] for b in budget) / len(budget):.1f}",
+        )
+    return table
+
+
+def most_reward(frontier: Sequence[dict[str, float]], kl: float) -> float:
+    """The frontier's reward at this KL, by straight lines between its points."""
+    points = sorted((point["kl"], point["reward"]) for point in frontier)
+    if kl <= points[0][0]:
+        return points[0][1]
+    for (below, low), (above, high) in zip(points, points[1:], strict=False):
+        if kl <= above:
+            return low + (high - low) * (kl - below) / (above - below) if above > below else high
+    return points[-1][1]
