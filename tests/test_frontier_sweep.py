@@ -57,7 +57,8 @@ def test_the_plan_is_the_papers():
             assert {f"{method}-{kl}-seed{seed}" for kl in (3, 6, 9, 12)} <= names
         assert {f"unlikelihood-{a}-seed{seed}" for a in ("0.05", "0.1", "0.5", "1")} <= names
         assert f"preferred_ft-seed{seed}" in names
-    assert {run.method for run in plan.full_plan()} == set(METHODS) == set(sweep.FUNCTIONS)
+    everything = [*plan.full_plan(), *plan.trl_plan()]
+    assert {run.method for run in everything} == set(METHODS) == set(sweep.FUNCTIONS)
     assert {run.name for run in plan.quick_plan()} < names
 
 
@@ -187,6 +188,7 @@ def test_a_folder_that_is_something_else_is_refused(tmp_path):
         (lambda: Run("ipo", (("beta", -1.0),)), "beta should be a number"),
         (lambda: Run("preferred_ft", seed=-1), "seed should be at least 0"),
         (lambda: plan.full_plan(0), "seeds should be at least 1"),
+        (lambda: plan.trl_plan(0), "seeds should be at least 1"),
         (lambda: plan.quick_plan(0), "seeds should be at least 1"),
         (lambda: plan.check_plan([]), "at least one run"),
         (lambda: plan.check_plan([FEW[0], FEW[0]]), "truth-plain twice"),
@@ -266,3 +268,31 @@ def test_the_demos_other_options_are_refused(tmp_path, capsys):
         cli.main(["demo", "--frontier", "--steps", "3", "--output", str(tmp_path / "out")])
     assert refused.value.code == 2
     assert "--steps" in capsys.readouterr().err
+
+
+def test_trls_trainer_where_it_is_installed(tmp_path, monkeypatch):
+    """RLOO under its own name: the true reward rises, on no more answers than others have."""
+    pytest.importorskip("trl")
+    settings = Settings(
+        vocab_size=4,
+        length=3,
+        hidden=16,
+        layers=1,
+        sft_steps=50,
+        draws=128,
+        steps=20,
+        batch=16,
+        lr=3e-3,
+        evaluations=1,
+    )
+    sweep.sweep(tmp_path, settings, plan.runs_of("rloo", 0, beta=(0.1,)))
+    (record,) = results.load(tmp_path).records
+    first, last = record["curve"]
+    assert last["reward"] > first["reward"] + 0.1
+    assert last["kl"] > 0
+    assert record["budget"]["samples"] == record["budget"]["reward_calls"] == 320 <= 512
+
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs trl"):
+        sweep.sweep(tmp_path / "other", settings, plan.trl_plan())
+    assert not (tmp_path / "other").exists()

@@ -8,6 +8,7 @@ reference   supervised fine-tuning on film reviews made by a chain of words
 data        preference pairs: 4 answers a prompt, 6 pairs, and the ways to label them
 preference  training on pairs, by fastdpo.integrations.hf.dpo_loss, and the paper's two baselines
 ppo         a reward model, and PPO against it or against the true reward
+rloo        TRL's RLOO trainer, where TRL is installed
 evaluate    a policy measured exactly along its training
 settings    the sizes of a sweep
 plan        which runs it consists of

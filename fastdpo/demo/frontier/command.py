@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from fastdpo.demo.frontier import figures
 from fastdpo.demo.frontier.plan import Run, full_plan, quick_plan
-from fastdpo.demo.frontier.results import Results, load, merge, spread
+from fastdpo.demo.frontier.results import Results, at_end, load, merge
 from fastdpo.demo.frontier.settings import Settings
 from fastdpo.demo.frontier.sweep import check, sweep
 
@@ -102,7 +103,7 @@ def table(results: Results) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("method", "KL", "reward", "of at most", "samples", "CPU s"):
         table.add_column(name, justify="left" if name == "method" else "right")
-    shown = ("dpo", "ppo_learned", "ppo_true", "unlikelihood", "preferred_ft")
+    shown = ("dpo", "ppo_learned", "ppo_true", "rloo", "unlikelihood", "preferred_ft")
     rows = {
         (record["method"], *record["knobs"].items())
         for record in results.records
@@ -110,10 +111,7 @@ def table(results: Results) -> Table:
     }
     for method, *knobs in sorted(rows, key=lambda row: (shown.index(row[0]), str(row[1:]))):
         group = results.of(method, **dict(knobs))
-        kl, reward = (
-            spread(group, lambda record, key=key: record["curve"][-1][key])[0]
-            for key in ("kl", "reward")
-        )
+        kl, reward = at_end(group, "kl")[0], at_end(group, "reward")[0]
         budget = [record["budget"] for record in group]
         name = ", ".join(f"{knob} {value}" for knob, value in knobs)
         table.add_row(
@@ -132,7 +130,7 @@ def most_reward(frontier: Sequence[dict[str, float]], kl: float) -> float:
     points = sorted((point["kl"], point["reward"]) for point in frontier)
     if kl <= points[0][0]:
         return points[0][1]
-    for (below, low), (above, high) in zip(points, points[1:], strict=False):
+    for (below, low), (above, high) in itertools.pairwise(points):
         if kl <= above:
             return low + (high - low) * (kl - below) / (above - below) if above > below else high
     return points[-1][1]

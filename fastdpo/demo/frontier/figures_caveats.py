@@ -18,7 +18,7 @@ from fastdpo.demo.frontier.canvas import (
 )
 from fastdpo.demo.frontier.figures_frontier import KL_LABEL, REWARD_LABEL
 from fastdpo.demo.frontier.plan import FLIP_SHARES
-from fastdpo.demo.frontier.results import Record, Results, spread
+from fastdpo.demo.frontier.results import Record, Results, at_end
 
 CAMPS = (BLUE, GOLD, GREEN)
 
@@ -40,7 +40,7 @@ def flipped(results: Results) -> Any:
             else:  # without flips cDPO and robust DPO are sigmoid
                 groups.append(results.of("dpo", labels="reward", beta=0.1))
         found = [(s, g) for s, g in zip(shares, groups, strict=True) if g]
-        ends = [spread(group, lambda record: record["curve"][-1]["reward"]) for _, group in found]
+        ends = [at_end(group, "reward") for _, group in found]
         xs = [100 * share + 0.35 * (place - 1.5) for share, _ in found]
         left.errorbar(
             xs,
@@ -66,9 +66,12 @@ def cycle(results: Results) -> Any:
     truth = results.truth("cycle")
     title = "Preferences in a circle: no Bradley–Terry model fits"
     figure, (ax,) = panels(results, title, 1, 8.6)
-    columns = [("the reference,\nexact", truth["reference"], None)]
+    # label, exact shares or None, trained runs or none
+    columns: list[tuple[str, list[float] | None, list[Record]]] = [
+        ("the reference,\nexact", truth["reference"], [])
+    ]
     for name, label in (("sigmoid", "DPO"), ("ipo", "IPO")):
-        columns.append((f"{label}'s minimum,\nexact", truth[name], None))
+        columns.append((f"{label}'s minimum,\nexact", truth[name], []))
         columns.append((f"{label},\ntrained", None, results.of("cycle", objective=name)))
     width = 0.26
     for camp, color in enumerate(CAMPS):
@@ -77,7 +80,7 @@ def cycle(results: Results) -> Any:
             if exact is not None:
                 ax.bar(place, exact[camp], width, color=color, alpha=0.45)
                 continue
-            mean, low, high = spread(records, lambda r, c=camp: r["curve"][-1][f"camp{c}"])
+            mean, low, high = at_end(records, f"camp{camp}")
             ax.bar(place, mean, width, color=color)
             ax.errorbar(place, mean, [[mean - low], [high - mean]], color=INK, capsize=2)
         ax.bar(0, 0, color=color, label="ABC"[camp])

@@ -49,6 +49,7 @@ def frontier(results: Results) -> Any:
         ("dpo", "beta", "DPO, labels by reward", BLUE, "o"),
         ("ppo_learned", "target_kl", "PPO, learned reward", RED, "s"),
         ("ppo_true", "target_kl", "PPO, true reward", GOLD, "^"),
+        ("rloo", "beta", "RLOO (TRL), true reward", PINK, "X"),
         ("unlikelihood", "alpha", "unlikelihood", VIOLET, "v"),
         ("preferred_ft", None, "preferred fine-tuning", GREEN, "P"),
     ]

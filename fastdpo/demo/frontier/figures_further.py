@@ -16,7 +16,7 @@ from fastdpo.demo.frontier.canvas import (
     panels,
 )
 from fastdpo.demo.frontier.figures_frontier import KL_LABEL, REWARD_LABEL
-from fastdpo.demo.frontier.results import Results, spread
+from fastdpo.demo.frontier.results import Results, at_end, spread
 
 STRATEGIES = (
     ("offline", "offline, all six pairs of four answers", BLUE, "o"),
@@ -54,7 +54,7 @@ def control(results: Results) -> Any:
     width = 0.36
     for side, (label, color) in enumerate((("praise asked for", GREEN), ("a slating", RED))):
         offset = (side - 0.5) * width
-        trained = spread(records, lambda record, s=side: record["sentiment"][s])
+        trained = spread(record["sentiment"][side] for record in records)
         values = [truth["reference"][side], trained[0], truth["optimum"][side]]
         xs = [place + offset for place in range(3)]
         ax.bar(xs, values, width, color=color, label=label)
@@ -89,8 +89,7 @@ def two_rewards(results: Results) -> Any:
         for place, weight in enumerate(results.values(method, "weight")):
             group = results.of(method, weight=weight)
             best = marks[weight]
-            x = spread(group, lambda record: record["curve"][-1]["variety"])
-            y = spread(group, lambda record: record["curve"][-1]["reward"])
+            x, y = at_end(group, "variety"), at_end(group, "reward")
             ax.plot([best["variety"], x[0]], [best["reward"], y[0]], color=GRAY, lw=0.8, ls="--")
             ax.plot(best["variety"], best["reward"], marker="x", color=INK, mew=2, ls="", ms=8)
             ax.errorbar(
@@ -113,8 +112,8 @@ def two_rewards(results: Results) -> Any:
                     fontsize=9,
                 )
     start = truth["reference"]
-    place = (start["variety"], start["reward"])
-    ax.plot(*place, marker="*", ms=11, color=GRAY, ls="", label="reference")
+    style = {"marker": "*", "ms": 11, "color": GRAY, "ls": "", "label": "reference"}
+    ax.plot(start["variety"], start["reward"], **style)
     ax.set(xlabel="expected variety (2/3 for each different word), exact")
     ax.set(ylabel="expected sentiment, exact")
     ax.set_title("w · sentiment + (1 − w) · variety (crosses: exact optimum of that w)")

@@ -88,6 +88,18 @@ def _ppo(lab: Lab, run: Run, learned: bool) -> Record:
     }
 
 
+def rloo(lab: Lab, run: Run) -> Record:
+    """TRL's trainer."""
+    from fastdpo.demo.frontier.rloo import train_rloo
+
+    place, clock = lab.place(), Clock()
+    meter = _meter(lab, place, every=True)
+    meter.samples = meter.reward_calls = 0
+    train_rloo(place, run["beta"], lab.settings, run.seed, meter)
+    finished = _finished(lab, meter, clock)
+    return {**finished.record, "win_rates": _win_rates(finished, place)}
+
+
 def unlikelihood(lab: Lab, run: Run) -> Record:
     place = lab.place()
     pairs = labelled(lab, place, run.seed, "reward")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 BETAS = (0.05, 0.1, 1.0, 5.0)  # the paper's
@@ -12,20 +13,21 @@ TARGET_KLS = (3.0, 6.0, 9.0, 12.0)  # the paper's
 ALPHAS = (0.05, 0.1, 0.5, 1.0)  # the paper's, of unlikelihood
 # As `ipo` has β: its margin aims at 1/(2β). SimPO's β multiplies log-probabilities per word.
 OBJECTIVE_BETAS = {
-    "ipo": (0.05, 0.1, 1.0),
-    "cdpo": (0.05, 0.1, 1.0),
-    "kto": (0.05, 0.1, 1.0),
-    "apo_zero": (0.05, 0.1, 1.0),
-    "simpo": (1.0, 2.5, 10.0),
+    "ipo": (0.1, 1.0),
+    "cdpo": (0.1, 1.0),
+    "kto": (0.1, 1.0),
+    "apo_zero": (0.1, 1.0),
+    "simpo": (2.5, 10.0),
 }
 LABELS = ("reward", "bradley_terry")
+RLOO_BETAS = (0.1, 1.0)
 FLIPPED = ("sigmoid", "cdpo", "robust", "ipo")
 FLIP_SHARES = (0.1, 0.2)
 CYCLES = ("sigmoid", "ipo")
 REFERENCES = ("good", "flat", "sharp", "unlike")
 LENGTHS = ("sigmoid", "sigmoid_norm", "simpo", "ld_dpo")
 STRATEGIES = ("offline", "best_against_worst", "iterated")
-WEIGHTS = (0.25, 0.5, 0.75)
+WEIGHTS = (0.25, 0.75)
 
 # method -> what it is given: the name of each knob and the values that it knows (None: any positive
 # number)
@@ -34,6 +36,7 @@ METHODS: dict[str, dict[str, tuple[Any, ...] | None]] = {
     "dpo": {"labels": LABELS, "beta": None},
     "ppo_learned": {"target_kl": None},
     "ppo_true": {"target_kl": None},
+    "rloo": {"beta": None},
     "unlikelihood": {"alpha": None},
     "preferred_ft": {},
     **{name: {"beta": None} for name in OBJECTIVE_BETAS},
@@ -152,10 +155,21 @@ def quick_plan(seeds: int = 2) -> list[Run]:
     return plan
 
 
+def trl_plan(seeds: int = 3) -> list[Run]:
+    """What needs TRL.
+
+    Raises:
+        ValueError: seeds is not positive.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds should be at least 1, got {seeds}")
+    return [run for seed in range(seeds) for run in runs_of("rloo", seed, beta=RLOO_BETAS)]
+
+
 def check_plan(plan: Sequence[Run]) -> None:
     """
     Raises:
-        ValueError: the plan is empty, or has a run twice.
+        ValueError: the plan is empty, has a run twice, or one that needs what is not installed.
     """
     names = [run.name for run in plan]
     if not names:
@@ -163,3 +177,5 @@ def check_plan(plan: Sequence[Run]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"plan should have each run once, got {', '.join(twice)} twice")
+    if any(run.method == "rloo" for run in plan) and not all(map(find_spec, ("trl", "datasets"))):
+        raise ValueError("plan should be without rloo, which needs trl: pip install 'fastdpo[trl]'")

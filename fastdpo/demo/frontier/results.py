@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,12 @@ def merge(results: Results, path: Path) -> None:
 Spread = tuple[float, float, float]
 
 
-def spread(records: list[Record], value: Callable[[Record], float]) -> Spread:
+def spread(values: Iterable[float]) -> Spread:
     """The mean over seeds, the least and the greatest."""
-    values = [value(record) for record in records]
+    values = list(values)
     return sum(values) / len(values), min(values), max(values)
+
+
+def at_end(records: list[Record], name: str) -> Spread:
+    """`spread` of what the last evaluation found."""
+    return spread(record["curve"][-1][name] for record in records)

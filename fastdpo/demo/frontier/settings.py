@@ -22,18 +22,18 @@ class Settings:
     prompts: int = 2
 
     hidden: int = 32
-    layers: int = 2
+    layers: int = 1
     heads: int = 2
 
     sft_steps: int = 400
     sft_batch: int = 64  # reviews a step
     sft_lr: float = 3e-3
 
-    draws: int = 512  # prompts drawn, with repetition
+    draws: int = 1024  # prompts drawn, with repetition
     completions: int = 4  # answers to each draw, from the reference: 6 pairs
     steps: int = 120  # optimizer steps of every method
     batch: int = 32  # pairs a step; 2 · batch answers where a method takes answers
-    lr: float = 2e-3
+    lr: float = 1e-3
     evaluations: int = 4  # exact evaluations along training, evenly spread, the last at its end
 
     def __post_init__(self) -> None:

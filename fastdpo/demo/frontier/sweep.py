@@ -33,6 +33,7 @@ FUNCTIONS: dict[str, Callable[[Lab, Run], dict[str, Any]]] = {
     "dpo": methods.dpo,
     "ppo_learned": methods.ppo_learned,
     "ppo_true": methods.ppo_true,
+    "rloo": methods.rloo,
     "unlikelihood": methods.unlikelihood,
     "preferred_ft": methods.preferred_ft,
     **dict.fromkeys(OBJECTIVE_BETAS, methods.other_objective),
