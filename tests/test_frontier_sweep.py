@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastdpo import cli
-from fastdpo.demo.frontier import command, figures, plan, results, sweep
+from fastdpo.demo.frontier import command, figures, plan, results, summary, sweep
 from fastdpo.demo.frontier.figures import FIGURES
 from fastdpo.demo.frontier.lab import Lab
 from fastdpo.demo.frontier.plan import METHODS, Run
@@ -228,7 +228,7 @@ def test_figures_without_records_are_left_out(finished, tmp_path):
 def test_the_table_names_what_the_kl_could_buy():
     points = [{"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 2.0}, {"kl": 3.0, "reward": 3.0}]
     for kl, reward in ((0.0, 1.0), (0.5, 1.5), (2.0, 2.5), (9.0, 3.0)):
-        assert command.most_reward(points, kl) == pytest.approx(reward)
+        assert summary.most_reward(points, kl) == pytest.approx(reward)
 
 
 def test_the_command_line_from_end_to_end(tmp_path, monkeypatch, capsys):

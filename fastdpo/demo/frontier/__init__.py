@@ -18,6 +18,7 @@ exact       the truth that the figures draw behind them
 sweep       one JSON per run, resumed after a kill
 worker      a process of a sweep
 results     the records, and merging them
+summary     the first figure in numbers
 canvas      how figures look; figures, figures_frontier, figures_caveats, figures_further
 command     the command line
 scale       the same study for a model and a vocabulary that cannot be enumerated (for a GPU)

@@ -10,7 +10,7 @@ from fastdpo.demo.frontier.results import Record, Results
 
 BLUE, RED, GREEN, GRAY, INK = "#2f6fb5", "#c8553d", "#3c8d5a", "#9aa0a6", "#26292c"
 GOLD, VIOLET, TEAL, PINK = "#c99a2e", "#7d5ba6", "#2b9aa0", "#c2588f"
-SHADES = ("#1b3f6b", "#2f6fb5", "#6ea6dc", "#a9cbee")  # of one method's strengths
+SHADES = ("#1b3f6b", "#2f6fb5", "#5fb0a8", "#c99a2e")  # of one method's strengths
 
 
 @contextmanager
@@ -50,12 +50,15 @@ def panels(results: Results, title: str, columns: int, width: float = 6.0) -> tu
     figure, axes = plt.subplots(1, columns, figsize=(width * columns, 4.8), squeeze=False)
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     sizes = results.header["settings"]
-    note = (
-        f"V = {sizes['vocab_size']}, L = {sizes['length']}; {results.seeds} seeds: "
-        "their mean, and bars or bands from the least to the greatest"
-    )
-    figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=13, fontweight="bold")
-    figure.text(0.012, 0.925, note, fontsize=9, color="#5f6368")
+    note = f"V = {sizes['vocab_size']}, L = {sizes['length']}; one seed"
+    if results.seeds > 1:
+        note = (
+            f"V = {sizes['vocab_size']}, L = {sizes['length']}; {results.seeds} seeds: "
+            "their mean, and bars or bands from the least to the greatest"
+        )
+    left = 0.07 / (width * columns)  # inches
+    figure.suptitle(f"{title}\n", x=left, ha="left", fontsize=13, fontweight="bold")
+    figure.text(left, 0.93, note, fontsize=9, color="#5f6368", va="top")
     return figure, axes[0]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from rich.table import Table
 
 from fastdpo.demo.frontier import figures
 from fastdpo.demo.frontier.plan import Run, full_plan, quick_plan
-from fastdpo.demo.frontier.results import Results, at_end, load, merge
+from fastdpo.demo.frontier.results import Results, load, merge
 from fastdpo.demo.frontier.settings import Settings
+from fastdpo.demo.frontier.summary import COLUMNS, rows
 from fastdpo.demo.frontier.sweep import check, sweep
 
 SEEDS = {"quick": 2, "full": 3}
@@ -97,40 +97,10 @@ def run(asked: Asked, console: Console | None = None) -> Results:
 
 
 def table(results: Results) -> Table:
-    """Every method of the first figure at the end of its training, the mean over seeds."""
-    frontier = results.truth("plain")["frontier"]
     title = "Reward and KL, exact, beside the most reward that this KL can buy"
     table = Table(title=title, title_justify="left")
-    for name in ("method", "KL", "reward", "of at most", "samples", "CPU s"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    shown = ("dpo", "ppo_learned", "ppo_true", "rloo", "unlikelihood", "preferred_ft")
-    rows = {
-        (record["method"], *record["knobs"].items())
-        for record in results.records
-        if record["method"] in shown
-    }
-    for method, *knobs in sorted(rows, key=lambda row: (shown.index(row[0]), str(row[1:]))):
-        group = results.of(method, **dict(knobs))
-        kl, reward = at_end(group, "kl")[0], at_end(group, "reward")[0]
-        budget = [record["budget"] for record in group]
-        name = ", ".join(f"{knob} {value}" for knob, value in knobs)
-        table.add_row(
-            f"{method} ({name})" if name else method,
-            f"{kl:.2f}",
-            f"{reward:.2f}",
-            f"{most_reward(frontier, kl):.2f}",
-            f"{budget[0]['samples']:,}",
-            f"{sum(b['cpu_seconds'] for b in budget) / len(budget):.1f}",
-        )
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == COLUMNS[0] else "right")
+    for row in rows(results):
+        table.add_row(*row)
     return table
-
-
-def most_reward(frontier: Sequence[dict[str, float]], kl: float) -> float:
-    """The frontier's reward at this KL, by straight lines between its points."""
-    points = sorted((point["kl"], point["reward"]) for point in frontier)
-    if kl <= points[0][0]:
-        return points[0][1]
-    for (below, low), (above, high) in itertools.pairwise(points):
-        if kl <= above:
-            return low + (high - low) * (kl - below) / (above - below) if above > below else high
-    return points[-1][1]

@@ -120,13 +120,14 @@ def temperature(results: Results) -> Any:
             label="the fine-tuned model itself",
         )
         ax.set(title=title, xlabel="sampling temperature", ylabel="win rate, exact", ylim=(0, 1.02))
-    axes[1].legend(loc="lower left")
+    axes[0].legend(loc="lower left")
     return figure
 
 
 def gradient_weight(results: Results) -> Any:
     labels = [name for name in ("reward", "bradley_terry") if results.of("dpo", labels=name)]
-    figure, axes = panels(results, "The gradient's weight σ(r̂_l − r̂_w)", len(labels))
+    title = r"The gradient's weight $\sigma(\hat{r}_l - \hat{r}_w)$"
+    figure, axes = panels(results, title, len(labels))
     names = {"reward": "Labels by the higher reward", "bradley_terry": "Bradley–Terry labels"}
     for ax, label in zip(axes, labels, strict=True):
         ax.axhline(0.5, color=GRAY, linewidth=1, linestyle=(0, (4, 3)))

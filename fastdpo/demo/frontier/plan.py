@@ -13,11 +13,11 @@ TARGET_KLS = (3.0, 6.0, 9.0, 12.0)  # the paper's
 ALPHAS = (0.05, 0.1, 0.5, 1.0)  # the paper's, of unlikelihood
 # As `ipo` has β: its margin aims at 1/(2β). SimPO's β multiplies log-probabilities per word.
 OBJECTIVE_BETAS = {
-    "ipo": (0.1, 1.0),
-    "cdpo": (0.1, 1.0),
-    "kto": (0.1, 1.0),
-    "apo_zero": (0.1, 1.0),
-    "simpo": (2.5, 10.0),
+    "ipo": (0.05, 0.1, 1.0),
+    "cdpo": (0.05, 0.1, 1.0),
+    "kto": (0.05, 0.1, 1.0),
+    "apo_zero": (0.05, 0.1, 1.0),
+    "simpo": (1.0, 2.5, 10.0),
 }
 LABELS = ("reward", "bradley_terry")
 RLOO_BETAS = (0.1, 1.0)
@@ -27,7 +27,7 @@ CYCLES = ("sigmoid", "ipo")
 REFERENCES = ("good", "flat", "sharp", "unlike")
 LENGTHS = ("sigmoid", "sigmoid_norm", "simpo", "ld_dpo")
 STRATEGIES = ("offline", "best_against_worst", "iterated")
-WEIGHTS = (0.25, 0.75)
+WEIGHTS = (0.25, 0.5, 0.75)
 
 # method -> what it is given: the name of each knob and the values that it knows (None: any positive
 # number)
