@@ -20,6 +20,8 @@ from fastdpo.demo.frontier.summary import COLUMNS, rows
 from fastdpo.demo.frontier.sweep import check, sweep
 
 SEEDS = {"quick": 2, "full": 3}
+# Of COLUMNS, what a terminal has room for.
+SHORT = ("method", "KL", "reward", "at most", "answers drawn", "CPU s")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,8 +101,11 @@ def run(asked: Asked, console: Console | None = None) -> Results:
 def table(results: Results) -> Table:
     title = "Reward and KL, exact, beside the most reward that this KL can buy"
     table = Table(title=title, title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == COLUMNS[0] else "right")
+    for name in SHORT:
+        first = name == SHORT[0]
+        table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for row in rows(results):
-        table.add_row(*row)
+        cells = dict(zip(COLUMNS, row, strict=True))
+        cells["reward"] = cells["reward"].split()[0]
+        table.add_row(*(cells[name] for name in SHORT))
     return table

@@ -106,11 +106,11 @@ def stops(lab: Lab) -> dict[str, Any]:
 
 def controls(lab: Lab) -> dict[str, Any]:
     place = lab.place("controls")
-    best = truth.optimum(place.ref_logps, place.world.rewards, methods.BRADLEY_TERRY_BETA)
+    best = place.world.rewards.amax(-1).unflatten(0, (2, -1)).mean(-1)
     return {
-        "beta": methods.BRADLEY_TERRY_BETA,
+        "beta": methods.STUDY_BETA,
         "reference": methods.sentiment_by_control(place, place.ref_logps),
-        "optimum": methods.sentiment_by_control(place, best),
+        "best": [best[0].item(), -best[1].item()],
     }
 
 

@@ -18,9 +18,10 @@ from fastdpo.demo.frontier.canvas import (
 )
 from fastdpo.demo.frontier.figures_frontier import KL_LABEL, REWARD_LABEL
 from fastdpo.demo.frontier.plan import FLIP_SHARES
-from fastdpo.demo.frontier.results import Record, Results, at_end
+from fastdpo.demo.frontier.results import Record, Results, at_end, spread
 
 CAMPS = (BLUE, GOLD, GREEN)
+CAMP_NAMES = ("A: ends in .", "B: in a valued word", "C: in another")
 
 
 def flipped(results: Results) -> Any:
@@ -63,9 +64,10 @@ def flipped(results: Results) -> Any:
 
 
 def cycle(results: Results) -> Any:
+    """Shares of the camps, and how often whoever knows them wins."""
     truth = results.truth("cycle")
     title = "Preferences in a circle: no Bradley–Terry model fits"
-    figure, (ax,) = panels(results, title, 1, 8.6)
+    figure, (left, right) = panels(results, title, 2, 7.0)
     # label, exact shares or None, trained runs or none
     columns: list[tuple[str, list[float] | None, list[Record]]] = [
         ("the reference,\nexact", truth["reference"], [])
@@ -74,25 +76,49 @@ def cycle(results: Results) -> Any:
         columns.append((f"{label}'s minimum,\nexact", truth[name], []))
         columns.append((f"{label},\ntrained", None, results.of("cycle", objective=name)))
     width = 0.26
-    for camp, color in enumerate(CAMPS):
-        for x, (_, exact, records) in enumerate(columns):
+    for x, (_, exact, records) in enumerate(columns):
+        runs = [exact] if exact is not None else [_shares(record) for record in records]
+        alpha = 0.45 if exact is not None else 1.0
+        for camp, color in enumerate(CAMPS):
             place = x + (camp - 1) * width
-            if exact is not None:
-                ax.bar(place, exact[camp], width, color=color, alpha=0.45)
-                continue
-            mean, low, high = at_end(records, f"camp{camp}")
-            ax.bar(place, mean, width, color=color)
-            ax.errorbar(place, mean, [[mean - low], [high - mean]], color=INK, capsize=2)
-        ax.bar(0, 0, color=color, label="ABC"[camp])
-    ax.axhline(1 / 3, color=GRAY, linewidth=1, linestyle=(0, (4, 3)))
-    ax.set_xticks(range(len(columns)), [column[0] for column in columns])
-    ax.set_title(
+            _bar(left, place, width, [shares[camp] for shares in runs], color, alpha)
+        beaten = [_best_answer(shares, truth["strength"]) for shares in runs]
+        _bar(right, x, 0.5, beaten, RED, alpha)
+    for camp, color in enumerate(CAMPS):
+        left.bar(0, 0, color=color, label=CAMP_NAMES[camp])
+    left.set_title(
         f"A beats B beats C beats A, {truth['strength']:.0%} of the time; β = {truth['beta']:g}"
     )
-    ax.set(ylabel="share of the answers", ylim=(0, None))
-    ax.legend(title="camp", loc="upper right", ncols=3)
-    ax.grid(axis="x", visible=False)
+    left.set(ylabel="share of the answers", ylim=(0, 1.05))
+    left.legend(loc="upper left", ncols=3)
+    right.axhline(0.5, color=GRAY, linewidth=1, linestyle=(0, (4, 3)))
+    right.set_title("What the best single camp wins against it (0.5: no policy is beaten less)")
+    right.set(ylabel="win rate of the best response", ylim=(0, 1))
+    for ax in (left, right):
+        ax.set_xticks(range(len(columns)), [column[0] for column in columns])
+        ax.grid(axis="x", visible=False)
     return figure
+
+
+def _shares(record: Record) -> list[float]:
+    return [record["curve"][-1][f"camp{camp}"] for camp in range(3)]
+
+
+def _best_answer(shares: list[float], strength: float) -> float:
+    """The win rate of the camp that wins most often against these shares; each beats the next."""
+    return max(
+        shares[camp] / 2
+        + strength * shares[(camp + 1) % 3]
+        + (1 - strength) * shares[(camp + 2) % 3]
+        for camp in range(3)
+    )
+
+
+def _bar(ax: Any, x: float, width: float, values: list[float], color: str, alpha: float) -> None:
+    mean, low, high = spread(values)
+    ax.bar(x, mean, width, color=color, alpha=alpha)
+    if len(values) > 1:
+        ax.errorbar(x, mean, [[mean - low], [high - mean]], color=INK, capsize=2)
 
 
 def references(results: Results) -> Any:

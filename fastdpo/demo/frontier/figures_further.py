@@ -55,15 +55,15 @@ def control(results: Results) -> Any:
     for side, (label, color) in enumerate((("praise asked for", GREEN), ("a slating", RED))):
         offset = (side - 0.5) * width
         trained = spread(record["sentiment"][side] for record in records)
-        values = [truth["reference"][side], trained[0], truth["optimum"][side]]
+        values = [truth["reference"][side], trained[0], truth["best"][side]]
         xs = [place + offset for place in range(3)]
         ax.bar(xs, values, width, color=color, label=label)
         low, high = trained[0] - trained[1], trained[2] - trained[0]
         ax.errorbar(xs[1], trained[0], [[low], [high]], color=INK, capsize=3)
     ax.axhline(0, color=GRAY, linewidth=1)
-    ax.set_xticks(range(3), ["the reference, exact", "DPO, trained", "the optimum, exact"])
+    ax.set_xticks(range(3), ["the reference, exact", "DPO, trained", "the best answers"])
     ax.set(ylabel="expected sentiment of the answers, exact")
-    ax.set_title(f"Bradley–Terry labels, β = {truth['beta']:g}")
+    ax.set_title(f"The token alone says which sentiment is chosen; DPO, β = {truth['beta']:g}")
     ax.legend(title="control token", loc="upper left")
     ax.grid(axis="x", visible=False)
     return figure
@@ -108,7 +108,7 @@ def two_rewards(results: Results) -> Any:
                     f"w = {weight:g}",
                     (best["variety"], best["reward"]),
                     textcoords="offset points",
-                    xytext=(8, 6),
+                    xytext=(8, 8),
                     fontsize=9,
                 )
     start = truth["reference"]
@@ -118,4 +118,5 @@ def two_rewards(results: Results) -> Any:
     ax.set(ylabel="expected sentiment, exact")
     ax.set_title("w · sentiment + (1 − w) · variety (crosses: exact optimum of that w)")
     ax.legend(loc="lower left")
+    ax.margins(0.1, 0.14)
     return figure

@@ -21,8 +21,8 @@ from fastdpo.demo.frontier.reference import train_reference
 Record = dict[str, Any]
 
 # The studies beside the frontier hold these still.
-STUDY_BETA = 0.1  # flipped labels, lengths, strategies: where DPO moves far
-BRADLEY_TERRY_BETA = 0.3  # references, control
+STUDY_BETA = 0.1  # flipped labels, lengths, strategies, control: where DPO moves far
+BRADLEY_TERRY_BETA = 0.3  # references
 TWO_REWARDS_BETA = 0.5
 CYCLE_BETA, CYCLE_STRENGTH = 0.25, 0.9
 CDPO_SMOOTHING = 0.1
@@ -235,8 +235,8 @@ def strategy(lab: Lab, run: Run) -> Record:
 def control(lab: Lab, run: Run) -> Record:
     """A control token before the prompt turns round which answer is preferred."""
     place = lab.place("controls")
-    pairs = labelled(lab, place, run.seed, "bradley_terry")
-    objective = Objective("sigmoid", BRADLEY_TERRY_BETA)
+    pairs = labelled(lab, place, run.seed, "reward")
+    objective = Objective("sigmoid", STUDY_BETA)
     finished = train_objective(lab, run, place, pairs, objective)
     return {**finished.record, "sentiment": sentiment_by_control(place, finished.logps)}
 

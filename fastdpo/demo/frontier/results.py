@@ -86,8 +86,8 @@ Spread = tuple[float, float, float]
 
 def spread(values: Iterable[float]) -> Spread:
     """The mean over seeds, the least and the greatest."""
-    values = list(values)
-    return sum(values) / len(values), min(values), max(values)
+    found = list(values)
+    return sum(found) / len(found), min(found), max(found)
 
 
 def at_end(records: list[Record], name: str) -> Spread:

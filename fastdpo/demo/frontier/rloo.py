@@ -51,7 +51,7 @@ def train_rloo(place: Place, beta: float, settings: Settings, seed: int, meter: 
         raise ValueError("world should be one without stops: RLOO here takes full-length answers")
     size = 2 * settings.batch
 
-    def reward(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float]:
+    def reward(completion_ids: list[list[int]], row: list[int], **_: Any) -> Any:
         answers = torch.tensor(completion_ids)
         meter.reward_calls += len(answers)
         meter.samples += len(answers)

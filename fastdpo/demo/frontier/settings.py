@@ -29,9 +29,9 @@ class Settings:
     sft_batch: int = 64  # reviews a step
     sft_lr: float = 3e-3
 
-    draws: int = 1024  # prompts drawn, with repetition
+    draws: int = 2048  # prompts drawn, with repetition
     completions: int = 4  # answers to each draw, from the reference: 6 pairs
-    steps: int = 120  # optimizer steps of every method
+    steps: int = 240  # optimizer steps of every method
     batch: int = 32  # pairs a step; 2 · batch answers where a method takes answers
     lr: float = 1e-3
     evaluations: int = 4  # exact evaluations along training, evenly spread, the last at its end

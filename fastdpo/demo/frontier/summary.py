@@ -30,7 +30,7 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         for record in results.records
         if record["method"] in SHOWN
     )
-    table = []
+    table: list[tuple[str, ...]] = []
     for method, *knobs in sorted(named, key=lambda row: (SHOWN.index(row[0]), row[1:])):
         group = results.of(method, **dict(knobs))
         (kl, *_), (reward, low, high) = at_end(group, "kl"), at_end(group, "reward")

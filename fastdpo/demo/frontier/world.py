@@ -125,8 +125,11 @@ class World:
 
     @functools.cached_property
     def camps(self) -> Tensor:  # [S] int64 in {0, 1, 2}
-        """A class of each answer, for preferences that go round in a circle."""
-        return self.sequences.sum(-1) % 3
+        """A class of each answer by its last word, for preferences that go round in a circle: a
+        full stop, a word with a value, any other."""
+        last = self.sequences[:, -1]
+        valued = torch.isin(last, torch.tensor(list(VALUES)))
+        return torch.where(last == STOP, 0, torch.where(valued, 1, 2))
 
 
 def sentiment(prompt: list[int], sequences: Tensor, stops: bool = False) -> Tensor:  # [S, L] -> [S]
