@@ -19,15 +19,17 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
     "csrc.md": "csrc/README.md",
 }
-PLOTS = "benchmarks/results"
+# Folder of the site -> folder of the repository.
+PLOTS = {"plots": "benchmarks/results", "frontier-plots": "examples/frontier/figures"}
 _LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
 
 
 def on_files(files, config):
     for page, source in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for plot in sorted((ROOT / PLOTS).glob("*.png")):
-        files.append(File.generated(config, f"plots/{plot.name}", abs_src_path=str(plot)))
+    for folder, source in PLOTS.items():
+        for plot in sorted((ROOT / source).glob("*.png")):
+            files.append(File.generated(config, f"{folder}/{plot.name}", abs_src_path=str(plot)))
     return files
 
 
@@ -50,6 +52,7 @@ def _in_site(path: str) -> str | None:
     for page, source in PAGES.items():
         if path == source:
             return page
-    if path.startswith(f"{PLOTS}/"):
-        return f"plots/{path.removeprefix(f'{PLOTS}/')}"
+    for folder, source in PLOTS.items():
+        if path.startswith(f"{source}/"):
+            return f"{folder}/{path.removeprefix(f'{source}/')}"
     return path.removeprefix("docs/") if path.startswith("docs/") else None

@@ -40,9 +40,7 @@ def finished(tmp_path_factory):
     """The full plan of one seed in a tiny world: its folder."""
     folder = tmp_path_factory.mktemp("sweep")
     told = []
-    ran = sweep.sweep(
-        folder, TINY, plan.full_plan(1), progress=lambda *args: told.append(args)
-    )
+    ran = sweep.sweep(folder, TINY, plan.full_plan(1), progress=lambda *args: told.append(args))
     assert ran == len(plan.full_plan(1))
     assert [args[:2] for args in told] == [(k, ran) for k in range(ran + 1)]
     return folder
@@ -51,8 +49,11 @@ def finished(tmp_path_factory):
 def test_the_plan_is_the_papers():
     names = {run.name for run in plan.full_plan()}
     for seed in range(3):
-        assert {f"dpo-{labels}-{beta}-seed{seed}" for labels in plan.LABELS
-                for beta in ("0.05", "0.1", "1", "5")} <= names
+        assert {
+            f"dpo-{labels}-{beta}-seed{seed}"
+            for labels in plan.LABELS
+            for beta in ("0.05", "0.1", "1", "5")
+        } <= names
         for method in ("ppo_learned", "ppo_true"):
             assert {f"{method}-{kl}-seed{seed}" for kl in (3, 6, 9, 12)} <= names
         assert {f"unlikelihood-{a}-seed{seed}" for a in ("0.05", "0.1", "0.5", "1")} <= names
@@ -158,9 +159,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     sweep.sweep(tmp_path, TINY, FEW[:1])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"same settings, got .* with draws 8 \(asked for: 512\)"):
-        sweep.sweep(
-            tmp_path, Settings(**{**TINY.as_dict(), "draws": 512}), FEW
-        )
+        sweep.sweep(tmp_path, Settings(**{**TINY.as_dict(), "draws": 512}), FEW)
     header = json.loads((tmp_path / "settings.json").read_text())
     (tmp_path / "settings.json").write_text(json.dumps({**header, "format": 0}))
     with pytest.raises(ValueError, match="format 1, got 0"):

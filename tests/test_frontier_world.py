@@ -203,6 +203,12 @@ def test_the_nearest_bradley_terry_model():
     assert truth.bradley_terry_fit(shares, truth.camp_preference(0.9)).abs().max() > 0.1
 
 
+def test_a_camp_is_that_of_the_last_word():
+    world = World(vocab_size=8, length=2, prompts=1)
+    for answer, camp in (("good .", 0), (". good", 1), ("not awful", 1), ("good film", 2)):
+        assert world.camps[world.index(words(answer)[0])] == camp
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -76,10 +76,14 @@ def final_points(
     ax.errorbar(
         xs,
         ys,
-        xerr=[[x - min(p[0]) for x, p in zip(xs, points, strict=True)],
-              [max(p[0]) - x for x, p in zip(xs, points, strict=True)]],
-        yerr=[[y - min(p[1]) for y, p in zip(ys, points, strict=True)],
-              [max(p[1]) - y for y, p in zip(ys, points, strict=True)]],
+        xerr=[
+            [x - min(p[0]) for x, p in zip(xs, points, strict=True)],
+            [max(p[0]) - x for x, p in zip(xs, points, strict=True)],
+        ],
+        yerr=[
+            [y - min(p[1]) for y, p in zip(ys, points, strict=True)],
+            [max(p[1]) - y for y, p in zip(ys, points, strict=True)],
+        ],
         color=color,
         marker=marker,
         markersize=6,

@@ -1,6 +1,6 @@
 """Preference pairs: the paper's recipe scaled down, labelled in the ways that the studies compare.
 
-    prompts drawn × 4 answers of the reference -> 6 pairs each, chosen and rejected by a label
+prompts drawn × 4 answers of the reference -> 6 pairs each, chosen and rejected by a label
 """
 
 from __future__ import annotations
@@ -49,16 +49,12 @@ class Pairs:
 
     def encoded(self, world: World) -> tuple[Tensor, Tensor]:
         """input_ids and labels [2N, T], the chosen answers first."""
-        return encode(
-            world, self.prompts.repeat(2), torch.cat([self.chosen, self.rejected])
-        )
+        return encode(world, self.prompts.repeat(2), torch.cat([self.chosen, self.rejected]))
 
 
 def all_pairs(candidates: Candidates) -> Pairs:
     """K · (K − 1) / 2 pairs for each draw, not yet labelled: in the order of the drawing."""
-    first, second = zip(
-        *itertools.combinations(range(candidates.answers.shape[1]), 2), strict=True
-    )
+    first, second = zip(*itertools.combinations(range(candidates.answers.shape[1]), 2), strict=True)
     length = candidates.answers.shape[-1]
     return Pairs(
         candidates.prompts.repeat_interleave(len(first)),

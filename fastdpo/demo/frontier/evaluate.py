@@ -48,9 +48,7 @@ class Meter:
 
     def start(self, logps: Tensor) -> None:
         """The point before any step: a policy that is the reference, whose table is known."""
-        self.curve.append(
-            {"step": 0, **self._exact(logps), "samples": 0, "reward_calls": 0}
-        )
+        self.curve.append({"step": 0, **self._exact(logps), "samples": 0, "reward_calls": 0})
 
     def __call__(self, step: int, policy: nn.Module, **more: float) -> None:
         start, cpu = time.perf_counter(), time.process_time()

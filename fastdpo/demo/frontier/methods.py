@@ -198,9 +198,7 @@ def strategy(lab: Lab, run: Run) -> Record:
     objective = Objective("sigmoid", STUDY_BETA)
     generator = _generator(run, 0)
     if run["strategy"] != "iterated":
-        candidates = draw(
-            place.reference, world, settings.draws, settings.completions, generator
-        )
+        candidates = draw(place.reference, world, settings.draws, settings.completions, generator)
         if run["strategy"] == "offline":
             pairs = data.by_reward(data.all_pairs(candidates), world, world.rewards, generator)
         else:
@@ -269,9 +267,7 @@ def modpo(lab: Lab, run: Run) -> Record:
     world = place.world
     pairs = labelled(lab, place, run.seed, "bradley_terry")
     offset = (1 - weight) / weight * data.reward_gap(pairs, world, world.variety)
-    objective = Objective(
-        "odpo", TWO_REWARDS_BETA / weight, per_pair={"offset": offset.float()}
-    )
+    objective = Objective("odpo", TWO_REWARDS_BETA / weight, per_pair={"offset": offset.float()})
     values = {"variety": world.variety}
     return train_objective(lab, run, place, pairs, objective, values).record
 
@@ -395,9 +391,7 @@ def _thinned(told: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def _win_rates(finished: Finished, place: Place) -> list[dict[str, float]]:
     assert finished.meter.tree is not None
-    return win_rates(
-        finished.meter.tree, place.ref_logps, place.world.rewards, place.chosen_logps
-    )
+    return win_rates(finished.meter.tree, place.ref_logps, place.world.rewards, place.chosen_logps)
 
 
 def _drawn(lab: Lab, place: Place, generator: torch.Generator) -> Pairs:

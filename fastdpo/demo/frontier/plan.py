@@ -65,9 +65,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(
-                f"method should be one of {', '.join(METHODS)}, got {self.method!r}"
-            )
+            raise ValueError(f"method should be one of {', '.join(METHODS)}, got {self.method!r}")
         known = METHODS[self.method]
         given = [name for name, _ in self.knobs]
         if given != list(known):

@@ -73,7 +73,10 @@ class Objective:
         part = pairs.take(rows)
         input_ids, labels = part.encoded(world)
         batch = {"input_ids": input_ids, "labels": labels}
-        if ref_logps is not None:
+        single = OBJECTIVES[self.name].layout == "unpaired"
+        if ref_logps is not None and single:
+            batch["ref_logps"] = ref_logps.flatten()
+        elif ref_logps is not None:
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = ref_logps
         more: dict[str, Any] = {name: values[rows] for name, values in self.per_pair.items()}
         if self.name == "kto":

@@ -63,9 +63,7 @@ def train_reference(
 ) -> GPT2LMHeadModel:
     """The supervised fine-tuned model, in eval mode and frozen. The same bits every time."""
     generator = torch.Generator().manual_seed(REFERENCE_SEED)
-    model = new_model(
-        world, settings.hidden, settings.layers, settings.heads, REFERENCE_SEED
-    )
+    model = new_model(world, settings.hidden, settings.layers, settings.heads, REFERENCE_SEED)
     optimizer = torch.optim.Adam(model.parameters(), settings.sft_lr, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, settings.sft_steps)
     for _ in range(settings.sft_steps):
