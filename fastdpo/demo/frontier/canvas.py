@@ -36,7 +36,9 @@ def styled() -> Iterator[Any]:
         "axes.axisbelow": True,
         "xtick.color": INK,
         "ytick.color": INK,
-        "legend.frameon": False,
+        "legend.frameon": True,
+        "legend.framealpha": 0.85,
+        "legend.edgecolor": "white",
         "legend.fontsize": 9,
     }
     with plt.rc_context(style):

@@ -92,7 +92,7 @@ def cycle(results: Results) -> Any:
     left.set(ylabel="share of the answers", ylim=(0, 1.05))
     left.legend(loc="upper left", ncols=3)
     right.axhline(0.5, color=GRAY, linewidth=1, linestyle=(0, (4, 3)))
-    right.set_title("What the best single camp wins against it (0.5: no policy is beaten less)")
+    right.set_title("What the best camp wins against it (0.5 at least)")
     right.set(ylabel="win rate of the best response", ylim=(0, 1))
     for ax in (left, right):
         ax.set_xticks(range(len(columns)), [column[0] for column in columns])

@@ -65,7 +65,8 @@ def frontier(results: Results) -> Any:
         along_training(left, [record for group in groups for record in group], color)
         final_points(left, groups, color, label, marker)
     left.set_title("Methods (small points: along training)")
-    left.legend(loc="lower right")
+    left.set_ylim(bottom=-1.1)
+    left.legend(loc="lower right", ncols=2)
     _against_optimum(right, results)
     return figure
 

@@ -117,6 +117,6 @@ def two_rewards(results: Results) -> Any:
     ax.set(xlabel="expected variety (2/3 for each different word), exact")
     ax.set(ylabel="expected sentiment, exact")
     ax.set_title("w · sentiment + (1 − w) · variety (crosses: exact optimum of that w)")
-    ax.legend(loc="lower left")
+    ax.legend(loc="upper right")
     ax.margins(0.1, 0.14)
     return figure
