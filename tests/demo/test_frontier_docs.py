@@ -13,7 +13,7 @@ import pytest
 from fastdpo.demo.frontier import figures, plan, results, summary
 from fastdpo.demo.frontier.settings import Settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "frontier"
 PAGE = ROOT / "docs" / "frontier.md"
 BEGIN, END = "<!-- frontier:begin -->\n", "<!-- frontier:end -->"
@@ -31,7 +31,7 @@ def test_the_committed_records_are_the_full_plans():
 
 
 def test_the_table_is_current():
-    """Renew it with: python tests/test_frontier_docs.py"""
+    """Renew it with: python tests/demo/test_frontier_docs.py"""
     page = PAGE.read_text(encoding="utf-8")
     assert page.split(BEGIN)[1].split(END)[0] == summary.markdown(
         results.load(EXAMPLE / "results.json")

@@ -105,7 +105,7 @@ def test_a_killed_sweep_goes_on(tmp_path, jobs):
         "from tests.test_frontier_sweep import TINY, sweep, plan\n"
         "sweep.sweep(pathlib.Path(sys.argv[2]), TINY, plan.full_plan(1), jobs=int(sys.argv[3]))\n"
     )
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", script, root, str(folder), str(jobs)],
         cwd=root,
