@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdpo.backends.contract import ExpSums
+from fastdpo.names import NAMESPACE, ops
 
 # By name, for the operators that torch.compile sees: they take no objects.
 _GROUPS: dict[str, dist.ProcessGroup] = {}
@@ -187,7 +188,7 @@ class SequenceParallel:
 
     def total(self, values: Tensor) -> Tensor:
         """Σ over the processes, in their order; its gradient is each process's own."""
-        return torch.ops.fastdpo.total(values, self.group)
+        return ops.total(values, self.group)
 
 
 def vocabulary(name: str | None) -> VocabParallel | None:
@@ -195,7 +196,7 @@ def vocabulary(name: str | None) -> VocabParallel | None:
     return None if name is None else _VOCABULARIES[name]
 
 
-@torch.library.custom_op("fastdpo::total", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::total", mutates_args=())
 def _total(values: Tensor, group: str) -> Tensor:
     return _ordered_sum(values, _GROUPS[group])
 
@@ -206,7 +207,7 @@ def _(values: Tensor, group: str) -> Tensor:
 
 
 # Every process computes the same loss from the total, so its own part's gradient is the total's.
-torch.library.register_autograd("fastdpo::total", lambda ctx, grad: (grad, None))
+torch.library.register_autograd(f"{NAMESPACE}::total", lambda ctx, grad: (grad, None))
 
 
 def _known(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

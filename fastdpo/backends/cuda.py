@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdpo.backends.contract import Head, LogitMap, SequenceLoss
 from fastdpo.backends.cuda_ops import extension, supports
+from fastdpo.names import CUDA
 from fastdpo.objectives.layouts import PAIRS
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 PRIMITIVES = frozenset({"logits_logps", "logits_logps_backward", "target_logits", "sequence_loss"})
+
+_ops = getattr(torch.ops, CUDA)
 
 
 class LogitsLoss(NamedTuple):
@@ -77,9 +80,7 @@ def target_logits(
     head: Head,
     labels: Tensor,  # [N]; outside [0, V): NaN
 ) -> Tensor:  # [N] float32
-    return torch.ops.fastdpo_cuda.target_logits(
-        hidden, head.weight, head.bias, labels, *_transform(head)
-    )
+    return _ops.target_logits(hidden, head.weight, head.bias, labels, *_transform(head))
 
 
 def logits_logps(
@@ -93,7 +94,7 @@ def logits_logps(
     the row's last block. The bits are the same; which is faster is a benchmark's question.
     """
     options = (*_transform(logit_map), second_launch)
-    return torch.ops.fastdpo_cuda.logits_logps(logits, labels, *options)
+    return _ops.logits_logps(logits, labels, *options)
 
 
 def logits_logps_backward(
@@ -106,7 +107,7 @@ def logits_logps_backward(
     *,
     grad_scale: Tensor | None = None,  # [] or [1] float32: multiplies grad_logps, on the device
 ) -> None:
-    torch.ops.fastdpo_cuda.logits_logps_backward(
+    _ops.logits_logps_backward(
         grad_logps, logits, labels, lse, *_transform(logit_map), out, grad_scale
     )
 
@@ -121,7 +122,7 @@ def sequence_loss(
     pairs: str,
 ) -> SequenceLoss:
     interleaved = _interleaved(pairs)
-    results = torch.ops.fastdpo_cuda.sequence_loss(
+    results = _ops.sequence_loss(
         logps, None, offsets, ref_logps, beta, label_smoothing, average, interleaved
     )
     return SequenceLoss(*results[:4])
@@ -144,7 +145,7 @@ def logits_sequence_loss(
     `logits_logps_backward(row_coefficients, …, grad_scale=∂/∂loss)`.
     """
     interleaved = _interleaved(pairs)
-    *results, row_coefficients, logps, lse = torch.ops.fastdpo_cuda.logits_sequence_loss(
+    *results, row_coefficients, logps, lse = _ops.logits_sequence_loss(
         logits, labels, offsets, ref_logps, *_transform(logit_map), beta, label_smoothing, average,
         interleaved,
     )  # fmt: skip

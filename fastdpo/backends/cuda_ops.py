@@ -1,4 +1,4 @@
-"""The torch.library ops of the CUDA C++ backend (namespace `fastdpo_cuda`): tensors to pointers.
+"""The torch.library ops of the CUDA C++ backend (namespace `names.CUDA`): tensors to pointers.
 
 The extension (csrc/) knows nothing of PyTorch. Here device, dtype, shape and strides are checked,
 results and workspaces allocated, and the work queued on the current stream of the tensors' device.
@@ -18,13 +18,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastdpo.names import CUDA, PACKAGE
+
 _DEVICE_TYPE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
 def extension() -> ModuleType:
-    return importlib.import_module("fastdpo._cuda")
+    return importlib.import_module(f"{PACKAGE}._cuda")
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
@@ -38,7 +40,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 # ---- What runs on the device
 
-_LIBRARY = torch.library.Library("fastdpo_cuda", "DEF")
+_LIBRARY = torch.library.Library(CUDA, "DEF")
 _TRANSFORM = "float scale, float softcap, float temperature"
 _LOSS = "float beta, float label_smoothing, bool average, bool interleaved"
 _LIBRARY.define(
@@ -248,28 +250,28 @@ for _name, _kernel in _KERNELS.items():
 # ---- Shapes without data
 
 
-@torch.library.register_fake("fastdpo_cuda::target_logits", lib=_LIBRARY)
+@torch.library.register_fake(f"{CUDA}::target_logits", lib=_LIBRARY)
 def _(hidden, weight, bias, labels, scale, softcap, temperature):
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("fastdpo_cuda::logits_logps", lib=_LIBRARY)
+@torch.library.register_fake(f"{CUDA}::logits_logps", lib=_LIBRARY)
 def _(logits, labels, scale, softcap, temperature, second_launch=False):
     rows = logits.shape[0]
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((rows,), (rows, 2)))
 
 
-@torch.library.register_fake("fastdpo_cuda::logits_logps_backward", lib=_LIBRARY)
+@torch.library.register_fake(f"{CUDA}::logits_logps_backward", lib=_LIBRARY)
 def _(grad_logps, logits, labels, lse, scale, softcap, temperature, out, grad_scale):
     return None
 
 
-@torch.library.register_fake("fastdpo_cuda::sequence_loss", lib=_LIBRARY)
+@torch.library.register_fake(f"{CUDA}::sequence_loss", lib=_LIBRARY)
 def _(logps, labels, offsets, ref_logps, beta, label_smoothing, average, interleaved):
     return _fake_loss(logps, ref_logps)
 
 
-@torch.library.register_fake("fastdpo_cuda::logits_sequence_loss", lib=_LIBRARY)
+@torch.library.register_fake(f"{CUDA}::logits_sequence_loss", lib=_LIBRARY)
 def _(
     logits, labels, offsets, ref_logps, scale, softcap, temperature,
     beta, label_smoothing, average, interleaved,

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastdpo.names import PACKAGE
+
 NAMES = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FASTDPO_BACKEND"
 
@@ -100,4 +102,4 @@ def _available(backend: str, device: torch.device | None = None) -> tuple[bool, 
 
 
 def _module(backend: str) -> ModuleType:
-    return importlib.import_module(f"fastdpo.backends.{backend}")
+    return importlib.import_module(f"{PACKAGE}.backends.{backend}")

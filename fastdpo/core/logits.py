@@ -18,6 +18,7 @@ from fastdpo.backends import select
 from fastdpo.backends.contract import LogitMap, accumulate_dtype
 from fastdpo.core import checks
 from fastdpo.core.autograd import differentiable_once, graph_is_kept, is_traced
+from fastdpo.names import NAMESPACE, ops
 
 
 def checked_labels(
@@ -31,7 +32,7 @@ def checked_labels(
         ValueError: a label lies outside the vocabulary.
     """
     if is_traced(labels):
-        return torch.ops.fastdpo.checked_labels(labels, ignore_index, vocab_size)
+        return ops.checked_labels(labels, ignore_index, vocab_size)
     return _checked_labels(labels, ignore_index, vocab_size)
 
 
@@ -85,7 +86,7 @@ class _LogitsLogps(torch.autograd.Function):
     def forward(
         ctx, logits: Tensor, labels: Tensor, logit_map: LogitMap, backend: str | None, inplace: bool
     ) -> Tensor:
-        forward = torch.ops.fastdpo.logits_logps if is_traced(logits) else _forward
+        forward = ops.logits_logps if is_traced(logits) else _forward
         options = (logit_map.scale, logit_map.softcap, logit_map.temperature, backend)
         logps, lse = forward(logits, labels, *options)
         ctx.save_for_backward(logits, labels, lse)
@@ -98,7 +99,7 @@ class _LogitsLogps(torch.autograd.Function):
         logits, labels, lse = ctx.saved_tensors
         tensors = (grad_logps, logits, labels, lse)
         if is_traced(logits, grad_logps):  # where the gradient lies is the compiler's to plan
-            grad = torch.ops.fastdpo.logits_logps_backward(*tensors, *ctx.options)
+            grad = ops.logits_logps_backward(*tensors, *ctx.options)
         else:
             inplace = ctx.inplace and not graph_is_kept()
             grad = _backward(*tensors, *ctx.options, inplace=inplace)
@@ -221,7 +222,7 @@ def _checked_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> Tenso
     return labels.masked_fill(~carries, -1)
 
 
-@torch.library.custom_op("fastdpo::checked_labels", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::checked_labels", mutates_args=())
 def _checked_labels_op(labels: Tensor, ignore_index: int, vocab_size: int) -> Tensor:
     return _checked_labels(labels, ignore_index, vocab_size)
 
@@ -231,7 +232,7 @@ def _(labels, ignore_index, vocab_size):
     return torch.empty_like(labels)
 
 
-@torch.library.custom_op("fastdpo::logits_logps", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::logits_logps", mutates_args=())
 def _forward_op(
     logits: Tensor,
     labels: Tensor,
@@ -250,7 +251,7 @@ def _(logits, labels, scale, softcap, temperature, backend):
     return logps, logits.new_empty(labels.numel(), 2, dtype=dtype)
 
 
-@torch.library.custom_op("fastdpo::logits_logps_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::logits_logps_backward", mutates_args=())
 def _backward_op(
     grad_logps: Tensor,
     logits: Tensor,

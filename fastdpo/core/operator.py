@@ -24,6 +24,7 @@ from fastdpo.core.call import Call
 from fastdpo.core.linear import ForwardPass, Kept, Needs, RowState
 from fastdpo.core.results import LinearLogps
 from fastdpo.core.rows import Rows, selected
+from fastdpo.names import NAMESPACE, ops
 
 
 def token_logps(
@@ -134,7 +135,7 @@ def _forward_pass(
 def _forward_by_operator(
     hidden: Tensor, head: Head, rows: Rows, call: Call, needs: Needs
 ) -> tuple[Tensor, tuple[Tensor, ...], _Saved]:
-    logps, others, entropy, state, product, flat = torch.ops.fastdpo.token_logps(
+    logps, others, entropy, state, product, flat = ops.token_logps(
         hidden,
         head.weight,
         head.bias,
@@ -165,7 +166,7 @@ def _backward_by_operator(
     if grad_logps is None:
         assert grad_entropy is not None
         grad_logps = torch.zeros_like(grad_entropy)
-    grads = torch.ops.fastdpo.token_logps_backward(
+    grads = ops.token_logps_backward(
         grad_logps,
         grad_entropy,
         *saved,
@@ -182,7 +183,7 @@ def _backward_by_operator(
     return tuple(g if needed else None for g, needed in zip(grads, needs, strict=True))
 
 
-@torch.library.custom_op("fastdpo::token_logps", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_logps", mutates_args=())
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -224,7 +225,7 @@ def _(hidden, weight, bias, labels, index, count, scale, softcap, temperature, c
     return _empty_outputs(hidden, weight, labels, Call.from_text(call_text), Needs(*needed))
 
 
-@torch.library.custom_op("fastdpo::token_logps_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::token_logps_backward", mutates_args=())
 def _backward(
     grad_logps: Tensor,
     grad_entropy: Tensor | None,

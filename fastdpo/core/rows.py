@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdpo.core import checks
 from fastdpo.core.autograd import is_traced
 from fastdpo.core.sequences import Segments
+from fastdpo.names import NAMESPACE, ops
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def find(
     if row_index is not None:
         checks.row_index(row_index, flat)
     if is_traced(labels):
-        index, count = torch.ops.fastdpo.rows(flat, ignore_index, vocab_size, row_index)
+        index, count = ops.rows(flat, ignore_index, vocab_size, row_index)
         carries = labels != ignore_index if row_index is None else _marked(labels, row_index)
         return Rows(flat, index, labels.shape, vocab_size, carries, count)
     if row_index is not None:
@@ -140,7 +141,7 @@ def _lengths(
 # ---- For tracers: the same, with outputs whose shapes follow from the labels'
 
 
-@torch.library.custom_op("fastdpo::rows", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rows", mutates_args=())
 def _find(
     labels: Tensor, ignore_index: int, vocab_size: int, row_index: Tensor | None
 ) -> tuple[Tensor, Tensor]:

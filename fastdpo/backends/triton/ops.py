@@ -1,4 +1,4 @@
-"""The primitives as `torch.library` ops, `fastdpo_triton::*`: opaque to torch.compile, known to it.
+"""The primitives as `torch.library` ops, opaque to torch.compile, known to it.
 
 A `Head` travels as (weight, bias, scale, softcap, temperature), the statistics as one
 comma-separated string. Ops return new tensors and write only what they declare, so that opcheck
@@ -15,9 +15,10 @@ from fastdpo.backends.triton import exp_logits as _exp_logits
 from fastdpo.backends.triton import row_launches
 from fastdpo.backends.triton.autotune import tile_of
 from fastdpo.backends.triton.launch import run, target_of
+from fastdpo.names import TRITON
 
 
-@torch.library.custom_op("fastdpo_triton::target_logits", mutates_args=())
+@torch.library.custom_op(f"{TRITON}::target_logits", mutates_args=())
 def target_logits(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -39,7 +40,7 @@ def _(hidden, weight, bias, scale, softcap, temperature, labels):
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastdpo_triton::exp_logits", mutates_args=("out",))
+@torch.library.custom_op(f"{TRITON}::exp_logits", mutates_args=("out",))
 def exp_logits(
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
@@ -121,7 +122,7 @@ def _exp_logits_fake(
     return anchor.new_empty(0 if fixed_anchor else rows), anchor.new_empty(quantities, rows)
 
 
-@torch.library.custom_op("fastdpo_triton::logits_logps", mutates_args=())
+@torch.library.custom_op(f"{TRITON}::logits_logps", mutates_args=())
 def logits_logps(
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
@@ -144,7 +145,7 @@ def _(logits, labels, scale, softcap, temperature):
     return logps, logits.new_empty(logits.shape[0], 2, dtype=torch.float32)
 
 
-@torch.library.custom_op("fastdpo_triton::logits_logps_backward", mutates_args=("out",))
+@torch.library.custom_op(f"{TRITON}::logits_logps_backward", mutates_args=("out",))
 def logits_logps_backward(
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V]
@@ -163,7 +164,7 @@ def _(grad_logps, logits, labels, lse, scale, softcap, temperature, out):
     return None
 
 
-@torch.library.custom_op("fastdpo_triton::logits_logps_backward_", mutates_args=("logits",))
+@torch.library.custom_op(f"{TRITON}::logits_logps_backward_", mutates_args=("logits",))
 def logits_logps_backward_(
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V], becomes its own gradient
@@ -208,7 +209,7 @@ def _dense(values: Tensor | None) -> Tensor | None:  # [K]
     return None if values is None else values.contiguous()
 
 
-@torch.library.custom_op("fastdpo_triton::sequence_loss", mutates_args=())
+@torch.library.custom_op(f"{TRITON}::sequence_loss", mutates_args=())
 def sequence_loss(
     logps: Tensor,  # [N]
     offsets: Tensor,  # [2B + 1]
