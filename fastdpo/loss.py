@@ -29,10 +29,11 @@ from fastdpo.core.call import Call, LossCall
 from fastdpo.core.logits import checked_labels
 from fastdpo.core.logits import token_logps as logits_token_logps
 from fastdpo.core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
+from fastdpo.distributed.sequence import SequenceParallel
+from fastdpo.distributed.vocabulary import VocabParallel
 from fastdpo.integrations.liger import FusedLinearDPOLoss
 from fastdpo.objectives import OBJECTIVES, Pairs
 from fastdpo.objectives.precision import narrowed
-from fastdpo.parallel import SequenceParallel, VocabParallel
 
 __all__ = [
     "FusedLinearDPOLoss",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdpo.backends.contract import Head
+from fastdpo.distributed.sequence import SequenceParallel
+from fastdpo.distributed.vocabulary import VocabParallel, vocabulary
 from fastdpo.objectives import ResolvedObjective
-from fastdpo.parallel import SequenceParallel, VocabParallel, vocabulary
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

@@ -16,8 +16,9 @@ from fastdpo.backends import select
 from fastdpo.backends.contract import Head, LogitMap
 from fastdpo.core.autograd import is_traced
 from fastdpo.core.call import STATS
+from fastdpo.distributed.sequence import SequenceParallel
+from fastdpo.distributed.vocabulary import VocabParallel
 from fastdpo.objectives import PAIRS, ResolvedObjective
-from fastdpo.parallel import SequenceParallel, VocabParallel
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64_MAX = 2**63 - 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from fastdpo.backends.contract import Head
+from fastdpo.distributed.vocabulary import VocabParallel
 from fastdpo.integrations import probe
 from fastdpo.integrations.batches import IGNORE_INDEX
 from fastdpo.integrations.families import head_rule
@@ -32,7 +33,6 @@ from fastdpo.integrations.unwrap import (
     output_head,
     peft_model,
 )
-from fastdpo.parallel import VocabParallel
 
 
 class Captured(NamedTuple):

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.backends.contract import Head
+from fastdpo.distributed.vocabulary import VocabParallel
 from fastdpo.integrations.families import head_rule
 from fastdpo.integrations.quantized import check_readable, dequantized
 from fastdpo.integrations.tensor_parallel import local_rows, spread_of
 from fastdpo.integrations.unwrap import UnsupportedModel, causal_lm, output_head, uncompiled
-from fastdpo.parallel import VocabParallel
 
 
 def read_head(model: nn.Module) -> Head:
