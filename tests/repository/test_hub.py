@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastdpo
 from fastdpo.names import namespace
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "fastdpo").rglob("*.py"))
 REPOSITORY, COMMIT = "somebody/fastdpo", "0123456789abcdef0123456789abcdef01234567"
 MISSING = "needs Hugging Face's kernels: python -m pip install 'kernels>=0.17,<0.18'"
@@ -70,6 +70,7 @@ def later(kernels, tmp_path_factory) -> ModuleType:
 
 def test_no_module_names_its_package_or_a_namespace():
     """In an import, in an argument of import_module and the like, or in an operator's name."""
+    assert ROOT / "fastdpo" / "names.py" in SOURCES
     found = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -229,7 +230,7 @@ def test_builds_live_in_one_process_with_the_installed_package(copy, later, out)
     for package in (fastdpo, copy, later):
         name = package.__name__
         used = operators(lambda p=package, n=name: results.update({n: step(p, "torch", True)}))
-        assert used == {import_module(f"{name}.names").NAMESPACE}
+        assert used == {name}  # a build's id, as the Hub asks
     expected = results.pop("fastdpo")
     for found in results.values():
         for ours, theirs in zip(expected, found, strict=True):
