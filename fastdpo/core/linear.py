@@ -92,12 +92,18 @@ class RowState(NamedTuple):
     target: Tensor  # a
     anchor: Tensor  # α
     sum: Tensor  # S
-    own: Tensor  # α before the processes joined theirs, a where the row was not raised
+    raised: Tensor  # bool: did this process anchor the row at its maximum?
 
-    @property
-    def raised(self) -> Tensor:  # [N] bool
-        """Whether this process anchored the row at its maximum."""
-        return self.own != self.target
+    def packed(self) -> Tensor:  # [3, N]
+        """The flag as the sum's sign."""
+        return torch.stack(
+            (self.target, self.anchor, torch.where(self.raised, -self.sum, self.sum))
+        )
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> RowState:  # [3, N]
+        target, anchor, signed = packed
+        return cls(target, anchor, signed.abs(), signed.signbit())
 
     @property
     def inverse(self) -> Tensor:
@@ -154,7 +160,7 @@ def forward_pass(
 
     asked = tuple(s for s in call.stats if s != "mean_logits" or head.softcap is not None)
     parts: list[ExpSums] = []
-    own: list[Tensor] = []
+    raised: list[Tensor] = []
     for rows in blocks:
         out = None
         if stored is not None:
@@ -162,22 +168,21 @@ def forward_pass(
         elif scratch is not None:
             out = scratch[: rows.stop - rows.start]
         sums = backend.exp_logits(x[rows], head, labels[rows], target[rows], out=out, stats=asked)
-        own.append(sums.anchor)
+        raised.append(sums.anchor != target[rows])
         if shared is not None:
             sums, share = shared.joined(sums)
             if out is not None:
                 _scale_rows(out, share)
         parts.append(sums)
         if out is not None:
-            state = RowState(target[rows], sums.anchor, sums.sum, own[-1])
+            state = RowState(target[rows], sums.anchor, sums.sum, raised[-1])
             _set_label_entries(out, labels[rows], _label_entry(state, head))
             if product is not None:
                 scale = (-head.gain * state.inverse).unsqueeze(1)
                 product[rows] = _product(out, head.weight) * scale
     sums = _joined(parts, target)
-    # Where one process has the vocabulary it is the anchor itself, and takes no memory.
-    own_anchor = sums.anchor if shared is None or not own else torch.cat(own)
-    state = RowState(target, sums.anchor, sums.sum, own_anchor)
+    flags = torch.cat(raised) if raised else target.new_empty(0, dtype=torch.bool)
+    state = RowState(target, sums.anchor, sums.sum, flags)
     logps = _logps(state)
     stats = {name: _statistic(name, x, head, state, sums, logps, call) for name in call.stats}
     return ForwardPass(logps, stats, state, kept, product)
@@ -419,7 +424,7 @@ def _renormalized(state: RowState) -> RowState:
         state.target,
         state.anchor + shift,
         torch.full_like(state.sum, math.exp(_HALF_LOG_SUM)),
-        state.own,
+        state.raised,
     )
 
 

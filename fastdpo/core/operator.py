@@ -47,7 +47,7 @@ def token_logps(
 class _Saved(NamedTuple):
     """What the forward leaves to the backward, beside its inputs."""
 
-    state: Tensor  # [4, N] the four of a RowState
+    state: Tensor  # [3, N] a packed RowState
     product: Tensor | None  # U [N, D], with a frozen head
     flat: Tensor | None  # E of the first columns, for `Kept`
 
@@ -64,7 +64,7 @@ class _TokenLogps(torch.autograd.Function):
             done = _forward_pass(hidden, head, rows, call, needs)
             logps, stats = done.logps, tuple(done.stats[name] for name in call.stats)
             flat = None if done.kept is None else done.kept.flat
-            saved = _Saved(torch.stack(tuple(done.row_state)), done.hidden_product, flat)
+            saved = _Saved(done.row_state.packed(), done.hidden_product, flat)
             columns = 0 if done.kept is None else done.kept.columns
         if needs.any:
             inputs = (hidden, weight, bias)
@@ -109,7 +109,7 @@ class _TokenLogps(torch.autograd.Function):
             if product is not None:
                 grad = linear.frozen_head_backward(grad_logps, product, rows, ctx.call, ctx.dtype)
                 return grad, *(None,) * 6
-            head, state = Head(weight, bias, *ctx.curve), RowState(*state)
+            head, state = Head(weight, bias, *ctx.curve), RowState.unpacked(state)
             grads = linear.backward_pass(
                 grad_logps, hidden, head, rows, ctx.call, ctx.needs, state, kept
             )
@@ -213,8 +213,7 @@ def _forward(
     if "entropy" in call.stats:
         entropy.copy_(rows.scatter(done.stats["entropy"]))
     n = rows.labels.shape[0]
-    for row, value in zip(state, done.row_state, strict=True):
-        row[:n] = value
+    state[:, :n] = done.row_state.packed()
     if done.hidden_product is not None:
         product[:n] = done.hidden_product
     return outputs
@@ -270,7 +269,7 @@ def _backward(
             columns = workspace.columns_kept(n, head.vocab_size, flat, call.workspace_bytes)
             # A compiled backward may run again on the same workspace: it must not be spent.
             kept = Kept(flat, n, columns) if columns else None
-        part = RowState(*(row[:n] for row in state))
+        part = RowState.unpacked(state[:, :n])
         with linear.without_autocast(hidden):
             grads = linear.backward_pass(grad_rows, hidden, head, rows, call, needs, part, kept)
     x, w, b = (hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
@@ -299,7 +298,7 @@ def _empty_outputs(
         hidden.new_empty(total, dtype=wide),
         hidden.new_empty(len(_without_entropy(call.stats)), total, dtype=wide),
         hidden.new_empty(total if "entropy" in call.stats else 0, dtype=wide),
-        hidden.new_zeros(len(RowState._fields), total, dtype=wide),
+        hidden.new_zeros(3, total, dtype=wide),  # a packed RowState
         hidden.new_empty(product, dtype=dtype),
         hidden.new_empty(flat if early and needs.head else 0, dtype=dtype),
     )
