@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastdpo.loss import (
+    from .loss import (
         FusedLinearDPOLoss,
         get_batch_logps,
         linear_dpo_loss,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         logits_dpo_loss,
         preference_loss,
     )
-    from fastdpo.parallel import SequenceParallel, VocabParallel
+    from .parallel import SequenceParallel, VocabParallel
 
 # The only place that states it: pyproject.toml reads it from here.
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import fastdpo
+from . import __version__
 
 BAD_INPUT = 2
 
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastdpo", description="Direct Preference Optimization without the logits."
     )
-    parser.add_argument("--version", action="version", version=f"fastdpo {fastdpo.__version__}")
+    parser.add_argument("--version", action="version", version=f"fastdpo {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     doctor = commands.add_parser("doctor", help="what this machine can use, and why not the rest")
@@ -78,8 +78,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     missing = _missing("transformers", "tokenizers", "matplotlib", "rich")
     if missing:
         return _bad_input(f"the demo needs {', '.join(missing)}: pip install 'fastdpo[demo]'")
-    from fastdpo.demo.options import InputError, Options
-    from fastdpo.demo.run import run
+    from .demo.options import InputError, Options
+    from .demo.run import run
 
     if arguments.frontier:  # argparse knows abbreviations
         return _bad_input("--frontier should be written in full")
@@ -97,7 +97,7 @@ def _frontier(arguments: Sequence[str]) -> int:
     missing = _missing("transformers", "matplotlib", "rich")
     if missing:
         return _bad_input(f"the demo needs {', '.join(missing)}: pip install 'fastdpo[demo]'")
-    from fastdpo.demo.frontier import command
+    from .demo.frontier import command
 
     try:
         asked = command.read(arguments)
@@ -108,7 +108,7 @@ def _frontier(arguments: Sequence[str]) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from fastdpo.doctor import lines
+    from .doctor import lines
 
     print("\n".join(lines()))
     return 0

@@ -8,8 +8,8 @@ from importlib import metadata
 
 import torch
 
-import fastdpo
-from fastdpo.backends import select
+from . import __version__
+from .backends import select
 
 PACKAGES = ("triton", "transformers", "trl", "peft", "liger_kernel")
 
@@ -30,7 +30,7 @@ def lines() -> list[str]:
 
 def _versions() -> list[tuple[str, str]]:
     rows = [
-        ("fastdpo", fastdpo.__version__),
+        ("fastdpo", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("CUDA of torch", torch.version.cuda or torch.version.hip or "none, a CPU build"),

@@ -1,5 +1,5 @@
 """`fastdpo.backends.contract.Head`, by the path it had before."""
 
-from fastdpo.backends.contract import Head
+from .backends.contract import Head
 
 __all__ = ["Head"]

@@ -22,18 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo import objectives
-from fastdpo.backends.contract import LogitMap
-from fastdpo.core import checks, rows, sequences, step
-from fastdpo.core.call import Call, LossCall
-from fastdpo.core.logits import checked_labels
-from fastdpo.core.logits import token_logps as logits_token_logps
-from fastdpo.core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
-from fastdpo.distributed.sequence import SequenceParallel
-from fastdpo.distributed.vocabulary import VocabParallel
-from fastdpo.integrations.liger import FusedLinearDPOLoss
-from fastdpo.objectives import OBJECTIVES, Pairs
-from fastdpo.objectives.precision import narrowed
+from . import objectives
+from .backends.contract import LogitMap
+from .core import checks, rows, sequences, step
+from .core.call import Call, LossCall
+from .core.logits import checked_labels
+from .core.logits import token_logps as logits_token_logps
+from .core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
+from .distributed.sequence import SequenceParallel
+from .distributed.vocabulary import VocabParallel
+from .integrations.liger import FusedLinearDPOLoss
+from .objectives import OBJECTIVES, Pairs
+from .objectives.precision import narrowed
 
 __all__ = [
     "FusedLinearDPOLoss",

@@ -15,6 +15,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
 _INTERPRET = os.environ.get("TRITON_INTERPRET")
 
 
@@ -24,7 +27,7 @@ def pytest_collection_modifyitems(items):
             # The tests of a GPU would interpret their kernels, and prove nothing.
             raise pytest.UsageError("TRITON_INTERPRET should be left alone by what tests import")
         return
-    skip = pytest.mark.skip(reason="needs a GPU")
+    skip = pytest.mark.skip(reason="needs a GPU: `pytest -m gpu` on a machine that has one")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

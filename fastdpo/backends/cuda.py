@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.backends.contract import Head, LogitMap, SequenceLoss
-from fastdpo.backends.cuda_ops import extension, supports
-from fastdpo.names import CUDA
-from fastdpo.objectives.layouts import PAIRS
+from ..names import CUDA
+from ..objectives.layouts import PAIRS
+from .contract import Head, LogitMap, SequenceLoss
+from .cuda_ops import extension, supports
 
 __all__ = [
     "PRIMITIVES",

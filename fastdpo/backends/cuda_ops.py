@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastdpo.names import CUDA, PACKAGE
+from ..names import CUDA, PACKAGE
 
 _DEVICE_TYPE = "cuda"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastdpo.names import PACKAGE
+from ..names import PACKAGE
 
 NAMES = ("torch", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FASTDPO_BACKEND"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.backends.contract import (
+from .contract import (
     COLLISION_SHIFT,
     RAISE_ABOVE,
     ExpSums,

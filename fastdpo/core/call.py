@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fastdpo.backends.contract import Head
-from fastdpo.distributed.sequence import SequenceParallel
-from fastdpo.distributed.vocabulary import VocabParallel, vocabulary
-from fastdpo.objectives import ResolvedObjective
+from ..backends.contract import Head
+from ..distributed.sequence import SequenceParallel
+from ..distributed.vocabulary import VocabParallel, vocabulary
+from ..objectives import ResolvedObjective
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 

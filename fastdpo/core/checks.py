@@ -12,13 +12,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from fastdpo.backends import select
-from fastdpo.backends.contract import Head, LogitMap
-from fastdpo.core.autograd import is_traced
-from fastdpo.core.call import STATS
-from fastdpo.distributed.sequence import SequenceParallel
-from fastdpo.distributed.vocabulary import VocabParallel
-from fastdpo.objectives import PAIRS, ResolvedObjective
+from ..backends import select
+from ..backends.contract import Head, LogitMap
+from ..distributed.sequence import SequenceParallel
+from ..distributed.vocabulary import VocabParallel
+from ..objectives import PAIRS, ResolvedObjective
+from .autograd import is_traced
+from .call import STATS
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64_MAX = 2**63 - 1

@@ -40,9 +40,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.backends import select
-from fastdpo.backends.contract import COLLISION_SHIFT, ExpSums, Head, accumulate_dtype
-from fastdpo.backends.workspace import (
+from ..backends import select
+from ..backends.contract import COLLISION_SHIFT, ExpSums, Head, accumulate_dtype
+from ..backends.workspace import (
     cleared,
     columns_kept,
     padded_empty,
@@ -52,8 +52,8 @@ from fastdpo.backends.workspace import (
     row_block,
     sum_rows,
 )
-from fastdpo.core.call import Call
-from fastdpo.core.rows import Rows
+from .call import Call
+from .rows import Rows
 
 # Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40):
 # the latter are far, and log(1 + e^δ S) is taken in the log domain.

@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastdpo.backends import select
-from fastdpo.backends.contract import LogitMap, accumulate_dtype
-from fastdpo.core import checks
-from fastdpo.core.autograd import differentiable_once, graph_is_kept, is_traced
-from fastdpo.names import NAMESPACE, ops
+from ..backends import select
+from ..backends.contract import LogitMap, accumulate_dtype
+from ..names import NAMESPACE, ops
+from . import checks
+from .autograd import differentiable_once, graph_is_kept, is_traced
 
 
 def checked_labels(

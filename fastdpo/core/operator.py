@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.backends import workspace
-from fastdpo.backends.contract import Head, accumulate_dtype
-from fastdpo.core import linear
-from fastdpo.core.autograd import differentiable_once, graph_is_kept
-from fastdpo.core.call import Call
-from fastdpo.core.linear import ForwardPass, Kept, Needs, RowState
-from fastdpo.core.results import LinearLogps
-from fastdpo.core.rows import Rows, selected
-from fastdpo.names import NAMESPACE, ops
+from ..backends import workspace
+from ..backends.contract import Head, accumulate_dtype
+from ..names import NAMESPACE, ops
+from . import linear
+from .autograd import differentiable_once, graph_is_kept
+from .call import Call
+from .linear import ForwardPass, Kept, Needs, RowState
+from .results import LinearLogps
+from .rows import Rows, selected
 
 
 def token_logps(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastdpo.objectives import LinearDPOOutput
+from ..objectives import LinearDPOOutput
 
 __all__ = ["LinearDPOOutput", "LinearDPOStats", "LinearLogps"]
 

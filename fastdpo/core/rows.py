@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdpo.core import checks
-from fastdpo.core.autograd import is_traced
-from fastdpo.core.sequences import Segments
-from fastdpo.names import NAMESPACE, ops
+from ..names import NAMESPACE, ops
+from . import checks
+from .autograd import is_traced
+from .sequences import Segments
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdpo.backends import select
-from fastdpo.backends.torch import sequence_sums as _sums
-from fastdpo.core.autograd import differentiable_once
+from ..backends import select
+from ..backends.torch import sequence_sums as _sums
+from .autograd import differentiable_once
 
 
 @dataclass(frozen=True)

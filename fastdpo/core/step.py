@@ -19,15 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo import objectives
-from fastdpo.backends.contract import Head, LogitMap, accumulate_dtype
-from fastdpo.core import checks, logits, operator, rows, sequences
-from fastdpo.core.call import Call, LossCall
-from fastdpo.core.results import LinearLogps
-from fastdpo.core.rows import Rows
-from fastdpo.core.sequences import Segments
-from fastdpo.objectives import LinearDPOOutput
-from fastdpo.objectives.layouts import by_rank
+from .. import objectives
+from ..backends.contract import Head, LogitMap, accumulate_dtype
+from ..objectives import LinearDPOOutput
+from ..objectives.layouts import by_rank
+from . import checks, logits, operator, rows, sequences
+from .call import Call, LossCall
+from .results import LinearLogps
+from .rows import Rows
+from .sequences import Segments
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.demo.options import InputError
-from fastdpo.demo.pairs import Pair
-from fastdpo.demo.prompts import Message
+from .options import InputError
+from .pairs import Pair
+from .prompts import Message
 
 Batch = dict[str, Tensor]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastdpo.demo.collate import Batch, Example, collate, labels_of
-from fastdpo.demo.setting import Setting
-from fastdpo.integrations import hf
+from ..integrations import hf
+from .collate import Batch, Example, collate, labels_of
+from .setting import Setting
 
 
 @dataclass(frozen=True)

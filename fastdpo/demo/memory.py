@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.demo.collate import Batch, labels_of
-from fastdpo.demo.setting import Setting
-from fastdpo.demo.train import dpo_step
+from .collate import Batch, labels_of
+from .setting import Setting
+from .train import dpo_step
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdpo.demo.options import InputError, Options
+from .options import InputError, Options
 
 # What a conversation looks like to a tokenizer that is made here.
 CHAT_TEMPLATE = (

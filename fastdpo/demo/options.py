@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fastdpo import objectives
-from fastdpo.backends import select
-from fastdpo.objectives.registry import REQUIRED
+from .. import objectives
+from ..backends import select
+from ..objectives.registry import REQUIRED
 
 DTYPES = ("float32", "bfloat16")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdpo.demo.options import InputError
-from fastdpo.demo.prompts import Text, split_row
+from .options import InputError
+from .prompts import Text, split_row
 
 COLUMNS = ("prompt", "chosen", "rejected")
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastdpo.demo.evaluate import Evaluation
-from fastdpo.demo.memory import Memory
-from fastdpo.demo.sample import Answers
+from .evaluate import Evaluation
+from .memory import Memory
+from .sample import Answers
 
 BLUE, RED, GREEN, GRAY, INK = "#2f6fb5", "#c8553d", "#3c8d5a", "#9aa0a6", "#26292c"
 MIB = 2**20

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fastdpo.demo.evaluate import Evaluation
-from fastdpo.demo.memory import Memory
-from fastdpo.demo.sample import Answers
+from .evaluate import Evaluation
+from .memory import Memory
+from .sample import Answers
 
 MIB = 2**20
 TRAINING_METRICS = (

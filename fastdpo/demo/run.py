@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-import fastdpo
-from fastdpo.demo import model as models
-from fastdpo.demo import output, plot, report, synthetic
-from fastdpo.demo.collate import Example, collate, encode_all
-from fastdpo.demo.evaluate import Evaluation, Evaluator
-from fastdpo.demo.memory import Memory, measure
-from fastdpo.demo.options import Options
-from fastdpo.demo.pairs import Pair, read_pairs
-from fastdpo.demo.sample import Answers, sample
-from fastdpo.demo.setting import Setting
-from fastdpo.demo.train import ask_reference, pretrain, train
+from .. import __version__
+from . import model as models
+from . import output, plot, report, synthetic
+from .collate import Example, collate, encode_all
+from .evaluate import Evaluation, Evaluator
+from .memory import Memory, measure
+from .options import Options
+from .pairs import Pair, read_pairs
+from .sample import Answers, sample
+from .setting import Setting
+from .train import ask_reference, pretrain, train
 
 SYNTHETIC_PAIRS = 1500
 HELD_OUT = 0.15
@@ -112,7 +112,7 @@ def _introduce(
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     console.print(
-        f"[bold]fastdpo {fastdpo.__version__}[/bold] on {where}, {options.dtype}: "
+        f"[bold]fastdpo {__version__}[/bold] on {where}, {options.dtype}: "
         f"{options.model or 'a new Llama'} of {parameters:.1f} M parameters, vocabulary "
         f"{len(tokenizer):,}\n{training} pairs to train on and {held} held out, from "
         f"{options.data or 'the synthetic task'}; objective {options.objective}, "
@@ -232,7 +232,7 @@ def _save(
         output.write_json(folder / "summary.json", _summary(options, done))
         title = (
             f"{options.objective} on {options.data or 'the synthetic task'}, "
-            f"{options.model or 'a 1 M parameter Llama'}, fastdpo {fastdpo.__version__}"
+            f"{options.model or 'a 1 M parameter Llama'}, fastdpo {__version__}"
         )
         plot.draw(
             folder / "plot.png", done.metrics, done.evaluations, done.answers, done.memory, title
@@ -254,7 +254,7 @@ def _check_saved(folder: Path, held_out: Sequence[Example], setting: Setting, do
 def _summary(options: Options, done: Run) -> dict[str, Any]:
     before, after = done.evaluations[0][1], done.evaluations[-1][1]
     return {
-        "fastdpo": fastdpo.__version__,
+        "fastdpo": __version__,
         "torch": torch.__version__,
         "device": str(options.torch_device),
         "options": {

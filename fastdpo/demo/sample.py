@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fastdpo.demo.collate import Example
-from fastdpo.demo.setting import Setting
+from .collate import Example
+from .setting import Setting
 
 MAX_NEW_TOKENS = 48
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastdpo.demo.collate import Batch, Example, collate
-from fastdpo.demo.options import Options
+from .collate import Batch, Example, collate
+from .options import Options
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastdpo.demo.pairs import Pair
+from .pairs import Pair
 
 
 @dataclass(frozen=True)

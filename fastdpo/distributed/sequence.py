@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpo.distributed.groups import GROUPS, known, ordered_sum
-from fastdpo.names import NAMESPACE, ops
+from ..names import NAMESPACE, ops
+from .groups import GROUPS, known, ordered_sum
 
 
 @dataclass(frozen=True)

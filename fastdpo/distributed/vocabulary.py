@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdpo.backends.contract import ExpSums
-from fastdpo.distributed.groups import GROUPS, gathered, in_order, known, ordered_sum
+from ..backends.contract import ExpSums
+from .groups import GROUPS, gathered, in_order, known, ordered_sum
 
 _VOCABULARIES: dict[str, VocabParallel] = {}
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.core import checks
-from fastdpo.objectives import ResolvedObjective
+from ..core import checks
+from ..objectives import ResolvedObjective
 
 IGNORE_INDEX = -100
 # TRL's names: of DPOTrainer for pairs, of KTOTrainer for whatever comes as one column.

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from fastdpo.backends.contract import Head
-from fastdpo.distributed.vocabulary import VocabParallel
-from fastdpo.integrations import probe
-from fastdpo.integrations.batches import IGNORE_INDEX
-from fastdpo.integrations.families import head_rule
-from fastdpo.integrations.heads import bind_head, vocab_parallel
-from fastdpo.integrations.order import UNKNOWN, Order, order_of
-from fastdpo.integrations.positions import placed
-from fastdpo.integrations.subject import Subject, subject_of
-from fastdpo.integrations.tap import HeadTap, Tapped
-from fastdpo.integrations.unwrap import (
+from ..backends.contract import Head
+from ..distributed.vocabulary import VocabParallel
+from . import probe
+from .batches import IGNORE_INDEX
+from .families import head_rule
+from .heads import bind_head, vocab_parallel
+from .order import UNKNOWN, Order, order_of
+from .positions import placed
+from .subject import Subject, subject_of
+from .tap import HeadTap, Tapped
+from .unwrap import (
     UnsupportedModel,
     causal_lm,
     output_head,

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.backends.contract import Head
-from fastdpo.distributed.vocabulary import VocabParallel
-from fastdpo.integrations.families import head_rule
-from fastdpo.integrations.quantized import check_readable, dequantized
-from fastdpo.integrations.tensor_parallel import local_rows, spread_of
-from fastdpo.integrations.unwrap import UnsupportedModel, causal_lm, output_head, uncompiled
+from ..backends.contract import Head
+from ..distributed.vocabulary import VocabParallel
+from .families import head_rule
+from .quantized import check_readable, dequantized
+from .tensor_parallel import local_rows, spread_of
+from .unwrap import UnsupportedModel, causal_lm, output_head, uncompiled
 
 
 def read_head(model: nn.Module) -> Head:

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdpo import loss as core
-from fastdpo import objectives
-from fastdpo.core import rows
-from fastdpo.core.rows import Rows
-from fastdpo.integrations.batches import (
+from .. import loss as core
+from .. import objectives
+from ..core import rows
+from ..core.rows import Rows
+from .batches import (
     IGNORE_INDEX,
     PreferenceBatch,
     check_sequences,
@@ -39,11 +39,11 @@ from fastdpo.integrations.batches import (
     unshift,
     with_row_index,
 )
-from fastdpo.integrations.capture import Captured, capture, examine
-from fastdpo.integrations.families import FAMILIES, HeadRule
-from fastdpo.integrations.heads import hidden_scale, read_head, vocab_parallel
-from fastdpo.integrations.reference import reference_adapter, with_adapter, without_dropout
-from fastdpo.integrations.unwrap import UnsupportedModel, peft_model
+from .capture import Captured, capture, examine
+from .families import FAMILIES, HeadRule
+from .heads import hidden_scale, read_head, vocab_parallel
+from .reference import reference_adapter, with_adapter, without_dropout
+from .unwrap import UnsupportedModel, peft_model
 
 __all__ = [
     "FAMILIES",

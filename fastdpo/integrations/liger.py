@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpo import objectives
-from fastdpo.backends.contract import Head, accumulate_dtype
-from fastdpo.core import checks, rows, sequences, step
-from fastdpo.core.call import Call, LossCall
+from .. import objectives
+from ..backends.contract import Head, accumulate_dtype
+from ..core import checks, rows, sequences, step
+from ..core.call import Call, LossCall
 
 __all__ = ["FusedLinearDPOLoss"]
 

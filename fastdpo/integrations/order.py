@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastdpo.integrations.reference import without_dropout
+from .reference import without_dropout
 
 # The largest difference of two hidden states that are the same, as a part of their norm: fp32 (TF32
 # included) and 16 bits. Causality compares the same products of the same operands; padding changes

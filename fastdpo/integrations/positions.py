@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpo.integrations.order import Order, positions
+from .order import Order, positions
 
 
 def placed(

@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastdpo.backends.torch import logits_of
-from fastdpo.integrations.heads import bind_head
-from fastdpo.integrations.subject import Subject
-from fastdpo.integrations.unwrap import UnsupportedModel
+from ..backends.torch import logits_of
+from .heads import bind_head
+from .subject import Subject
+from .unwrap import UnsupportedModel
 
 POSITIONS = 4
 SCALES = (1.0, 8.0, 64.0, 512.0)

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdRef
 
-from fastdpo.integrations.families import HeadRule
-from fastdpo.integrations.unwrap import wrappers
+from .families import HeadRule
+from .unwrap import wrappers
 
 Subject = tuple[Any, ...]  # hashable, and keeps no module and no tensor alive
 

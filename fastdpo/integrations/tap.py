@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.distributed.vocabulary import VocabParallel
-from fastdpo.integrations import probe
-from fastdpo.integrations.heads import multiplier
-from fastdpo.integrations.unwrap import UnsupportedModel
+from ..distributed.vocabulary import VocabParallel
+from . import probe
+from .heads import multiplier
+from .unwrap import UnsupportedModel
 
 
 class HeadTap(nn.Module):

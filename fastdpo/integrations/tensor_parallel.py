@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdpo.distributed.vocabulary import VocabParallel
-from fastdpo.integrations.unwrap import UnsupportedModel
+from ..distributed.vocabulary import VocabParallel
+from .unwrap import UnsupportedModel
 
 
 def local_rows(parameter: Any) -> Any:  # [V, ...] -> [V_r, ...], differentiable

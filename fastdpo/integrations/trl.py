@@ -18,15 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastdpo.core import checks
-from fastdpo.core.autograd import is_traced
-from fastdpo.core.rows import Rows
-from fastdpo.integrations.batches import IGNORE_INDEX, shift_labels
-from fastdpo.integrations.capture import capture, examine
-from fastdpo.integrations.hf import captured_logps, find_rows
-from fastdpo.integrations.reference import without_dropout
-from fastdpo.integrations.unwrap import UnsupportedModel, causal_lm, peft_model
-from fastdpo.loss import LinearLogps
+from ..core import checks
+from ..core.autograd import is_traced
+from ..core.rows import Rows
+from ..loss import LinearLogps
+from .batches import IGNORE_INDEX, shift_labels
+from .capture import capture, examine
+from .hf import captured_logps, find_rows
+from .reference import without_dropout
+from .unwrap import UnsupportedModel, causal_lm, peft_model
 
 __all__ = ["use_fastdpo"]
 

@@ -12,10 +12,10 @@ add one, write a function of `Pairs`, `Ranked` or `Unpaired` beside its like and
 the decorator `objective`; the tests then ask for an independent transcription of its formula.
 """
 
-from fastdpo.objectives import paired, ranked, reference_free, unpaired
-from fastdpo.objectives.common import COMMON_OPTIONS
-from fastdpo.objectives.divergences import F_DIVERGENCES, FDivergence
-from fastdpo.objectives.layouts import (
+from . import paired, ranked, reference_free, unpaired
+from .common import COMMON_OPTIONS
+from .divergences import F_DIVERGENCES, FDivergence
+from .layouts import (
     PAIRS,
     LinearDPOOutput,
     ObjectiveOutput,
@@ -24,12 +24,12 @@ from fastdpo.objectives.layouts import (
     SequenceLogps,
     Unpaired,
 )
-from fastdpo.objectives.registry import OBJECTIVES, Objective, Option, Range, objective
-from fastdpo.objectives.resolved import ResolvedObjective
-from fastdpo.objectives.table import markdown_table
-from fastdpo.objectives.unpaired import RunningMean, kl_estimate
-from fastdpo.objectives.validation import resolve
-from fastdpo.objectives.weights import ld_token_weights, wpo_weights
+from .registry import OBJECTIVES, Objective, Option, Range, objective
+from .resolved import ResolvedObjective
+from .table import markdown_table
+from .unpaired import RunningMean, kl_estimate
+from .validation import resolve
+from .weights import ld_token_weights, wpo_weights
 
 __all__ = [
     "COMMON_OPTIONS",

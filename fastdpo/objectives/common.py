@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from fastdpo.objectives.divergences import F_DIVERGENCES
-from fastdpo.objectives.registry import (
+from .divergences import F_DIVERGENCES
+from .registry import (
     FINITE,
     NON_NEGATIVE,
     OBJECTIVES,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.objectives.precision import expm1
+from .precision import expm1
 
 
 @dataclass(frozen=True)

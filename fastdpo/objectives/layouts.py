@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdpo.objectives.divergences import FDivergence
-from fastdpo.objectives.precision import widened
+from .divergences import FDivergence
+from .precision import widened
 
 PAIRS = ("concatenated", "interleaved")
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.objectives.layouts import Pairs
-from fastdpo.objectives.precision import exp, logistic
-from fastdpo.objectives.registry import (
+from .layouts import Pairs
+from .precision import exp, logistic
+from .registry import (
     FINITE,
     NON_NEGATIVE,
     POSITIVE,

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.objectives.layouts import Ranked
-from fastdpo.objectives.registry import REQUIRED, Option, objective
+from .layouts import Ranked
+from .registry import REQUIRED, Option, objective
 
 
 def _is_count(value: object) -> bool:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdpo.objectives.layouts import Pairs
-from fastdpo.objectives.paired import smoothed_logistic
-from fastdpo.objectives.registry import (
+from .layouts import Pairs
+from .paired import smoothed_logistic
+from .registry import (
     NON_NEGATIVE,
     SMOOTHING,
     Option,

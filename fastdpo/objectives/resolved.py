@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fastdpo.objectives.divergences import FDivergence
-from fastdpo.objectives.layouts import (
+from .divergences import FDivergence
+from .layouts import (
     PAIRS,
     LinearDPOOutput,
     Ranked,
@@ -21,8 +21,8 @@ from fastdpo.objectives.layouts import (
     log_ratios,
     token_counts,
 )
-from fastdpo.objectives.precision import narrowed, widened
-from fastdpo.objectives.registry import Layout, Objective, as_float, describe
+from .precision import narrowed, widened
+from .registry import Layout, Objective, as_float, describe
 
 # Tensor options with one entry per pair or per sequence.
 _PER_ROW: Final = frozenset({"offset", "desirable", "density_ratio"})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastdpo.objectives.common import COMMON_OPTIONS
-from fastdpo.objectives.registry import OBJECTIVES, REQUIRED, Objective, Option, names
+from .common import COMMON_OPTIONS
+from .registry import OBJECTIVES, REQUIRED, Objective, Option, names
 
 _NOTATION = """\
 w and l are the chosen and the rejected answer, π the policy's probability of an answer,

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdpo.objectives.layouts import Unpaired
-from fastdpo.objectives.precision import logistic
-from fastdpo.objectives.registry import (
+from .layouts import Unpaired
+from .precision import logistic
+from .registry import (
     NON_NEGATIVE,
     REQUIRED,
     Option,

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastdpo.objectives.common import COMMON_OPTIONS
-from fastdpo.objectives.divergences import FDivergence
-from fastdpo.objectives.registry import (
+from .common import COMMON_OPTIONS
+from .divergences import FDivergence
+from .registry import (
     FINITE,
     NON_NEGATIVE,
     OBJECTIVES,
@@ -18,7 +18,7 @@ from fastdpo.objectives.registry import (
     describe,
     names,
 )
-from fastdpo.objectives.resolved import Part, ResolvedObjective
+from .resolved import Part, ResolvedObjective
 
 
 def resolve(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpo.objectives.layouts import by_rank
+from .layouts import by_rank
 
 
 def ld_token_weights(

@@ -209,7 +209,7 @@ def test_the_model_knows_every_kernel_and_the_length_of_the_epilogue():
             assert modelled == pytest.approx(counted, rel=0.1), k
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a not in ESSENTIAL])
 def test_the_other_architectures(arch):
     kernels = _compile(arch)
@@ -224,14 +224,14 @@ TRAINING = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_120"])
 def test_a_training_steps_statistics_and_a_ragged_vocabulary_elsewhere(arch):
     few = "+".join(("half+few+out", *TRL_STATS))
     sound(_compile(arch, "--only", *TRAINING, few, "half+out+bias+ragged"))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_training_steps_statistics_spill_on_sm_100():
     """The one place where registers do not suffice (`configs`): a bound, so that it is known."""
     kernels = _compile("sm_100", "--only", *TRAINING)
@@ -239,7 +239,7 @@ def test_a_training_steps_statistics_spill_on_sm_100():
     sound([k for k in kernels if k.kernel != MAIN[0]])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_statistics_ragged_vocabularies_and_fp32():
     every = "+".join(STATS)
     names = [f"half+out+{s}" for s in (*STATS, every)] + [f"half+{every}", "half+out+bias+ragged"]

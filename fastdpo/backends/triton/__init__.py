@@ -21,11 +21,11 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdpo.backends.contract import ExpSums, Head, LogitMap, SequenceLoss
-from fastdpo.backends.triton import ops
-from fastdpo.backends.triton.configs import CONFIGS, supported_arch
-from fastdpo.backends.triton.exp_logits import STATS
-from fastdpo.backends.triton.launch import interpreted, target_of
+from ..contract import ExpSums, Head, LogitMap, SequenceLoss
+from . import ops
+from .configs import CONFIGS, supported_arch
+from .exp_logits import STATS
+from .launch import interpreted, target_of
 
 __all__ = [
     "PRIMITIVES",

@@ -21,11 +21,11 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import PTXASError
 
-from fastdpo.backends.contract import Head
-from fastdpo.backends.triton.configs import FEW_ROWS, Tile, pick
-from fastdpo.backends.triton.exp_logits import kind_of, plan, regular, tile_for
-from fastdpo.backends.triton.launch import Launch, Target, on_device
-from fastdpo.backends.workspace import padded_empty
+from ..contract import Head
+from ..workspace import padded_empty
+from .configs import FEW_ROWS, Tile, pick
+from .exp_logits import kind_of, plan, regular, tile_for
+from .launch import Launch, Target, on_device
 
 ENVIRONMENT_VARIABLE = "FASTDPO_AUTOTUNE"
 _ROWS = 4096  # a training step's, in whole waves of tiles on the larger GPUs

@@ -21,8 +21,8 @@ import math
 import triton
 import triton.language as tl
 
-from fastdpo.backends.contract import COLLISION_SHIFT
-from fastdpo.backends.triton.language import exponential, head_curve
+from ..contract import COLLISION_SHIFT
+from .language import exponential, head_curve
 
 _NO_LOGIT = tl.constexpr(float("-inf"))
 _LEAST = tl.constexpr(-3.4028234663852886e38)

@@ -33,8 +33,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastdpo.backends.contract import Head, LogitMap
-from fastdpo.backends.triton.configs import (
+from ..contract import Head, LogitMap
+from .configs import (
     FEW_ROWS,
     Tile,
     has_tf32,
@@ -42,11 +42,11 @@ from fastdpo.backends.triton.configs import (
     pick_plain,
     supported_arch,
 )
-from fastdpo.backends.triton.exp_logits_pointers import exp_logits_pointers
-from fastdpo.backends.triton.exp_logits_raised import exp_logits_raised
-from fastdpo.backends.triton.exp_logits_tma import exp_logits_tma
-from fastdpo.backends.triton.launch import Launch, Target
-from fastdpo.backends.triton.reduce_sums import reduce_sums
+from .exp_logits_pointers import exp_logits_pointers
+from .exp_logits_raised import exp_logits_raised
+from .exp_logits_tma import exp_logits_tma
+from .launch import Launch, Target
+from .reduce_sums import reduce_sums
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _REDUCE = {"BLOCK_N": 32, "BLOCK_T": 32}

@@ -15,14 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdpo.backends.triton.epilogue import (
+from .epilogue import (
     add_sums,
     column_chunks,
     exponentials,
     no_sums,
     store_sums,
 )
-from fastdpo.backends.triton.language import product_tile, times_slope
+from .language import product_tile, times_slope
 
 _FLAGS_AT_ONCE = tl.constexpr(4096)
 

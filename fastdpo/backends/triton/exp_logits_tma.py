@@ -22,14 +22,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdpo.backends.triton.epilogue import (
+from .epilogue import (
     add_sums,
     column_chunks,
     exponentials,
     no_sums,
     store_sums,
 )
-from fastdpo.backends.triton.language import multiply_add, tile_position, times_slope
+from .language import multiply_add, tile_position, times_slope
 
 
 @triton.heuristics({"EVEN_V": lambda args: args["V"] % args["BLOCK_V"] == 0})

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdpo.backends.triton.language import INTERPRETED
+from .language import INTERPRETED
 
 
 class Launch(NamedTuple):

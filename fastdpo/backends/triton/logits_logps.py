@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdpo.backends.triton.language import exponential, head_curve
+from .language import exponential, head_curve
 
 _STAGES = tl.constexpr(3)  # of the loop over a row's blocks
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdpo.backends.triton.language import exponential, head_curve, times_slope
+from .language import exponential, head_curve, times_slope
 
 
 @triton.jit

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdpo.backends.contract import Head, LogitMap
-from fastdpo.backends.triton import exp_logits as _exp_logits
-from fastdpo.backends.triton import row_launches
-from fastdpo.backends.triton.autotune import tile_of
-from fastdpo.backends.triton.launch import run, target_of
-from fastdpo.names import TRITON
+from ...names import TRITON
+from ..contract import Head, LogitMap
+from . import exp_logits as _exp_logits
+from . import row_launches
+from .autotune import tile_of
+from .launch import run, target_of
 
 
 @torch.library.custom_op(f"{TRITON}::target_logits", mutates_args=())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdpo.backends.contract import RAISE_ABOVE
+from ..contract import RAISE_ABOVE
 
 _RAISE_ABOVE = tl.constexpr(RAISE_ABOVE)
 

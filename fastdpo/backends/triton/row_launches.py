@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from fastdpo.backends.contract import Head, LogitMap
-from fastdpo.backends.triton.exp_logits import curve
-from fastdpo.backends.triton.launch import Launch
-from fastdpo.backends.triton.logits_logps import logits_logps_kernel
-from fastdpo.backends.triton.logits_logps_backward import logits_logps_backward_kernel
-from fastdpo.backends.triton.sequence_loss import sequence_loss_kernel
-from fastdpo.backends.triton.target_logits import target_logits_kernel
+from ..contract import Head, LogitMap
+from .exp_logits import curve
+from .launch import Launch
+from .logits_logps import logits_logps_kernel
+from .logits_logps_backward import logits_logps_backward_kernel
+from .sequence_loss import sequence_loss_kernel
+from .target_logits import target_logits_kernel
 
 # Elements of a row that a program holds at once: 32 per thread, four 16-byte loads of 16-bit
 # numbers in flight (where V is a multiple of 16).

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdpo.backends.triton.language import head_curve
+from .language import head_curve
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fastdpo.demo.frontier.results import Record, Results
+from .results import Record, Results
 
 BLUE, RED, GREEN, GRAY, INK = "#2f6fb5", "#c8553d", "#3c8d5a", "#9aa0a6", "#26292c"
 GOLD, VIOLET, TEAL, PINK = "#c99a2e", "#7d5ba6", "#2b9aa0", "#c2588f"

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastdpo.demo.frontier import figures
-from fastdpo.demo.frontier.plan import Run, full_plan, quick_plan
-from fastdpo.demo.frontier.results import Results, load, merge
-from fastdpo.demo.frontier.settings import Settings
-from fastdpo.demo.frontier.summary import COLUMNS, rows
-from fastdpo.demo.frontier.sweep import check, sweep
+from . import figures
+from .plan import Run, full_plan, quick_plan
+from .results import Results, load, merge
+from .settings import Settings
+from .summary import COLUMNS, rows
+from .sweep import check, sweep
 
 SEEDS = {"quick": 2, "full": 3}
 # Of COLUMNS, what a terminal has room for.

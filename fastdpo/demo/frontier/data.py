@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fastdpo.demo.frontier.models import encode
-from fastdpo.demo.frontier.world import World
+from .models import encode
+from .world import World
 
 # Rewards are sums in another order: what is equal but for rounding is a tie.
 _TIE = 1e-6

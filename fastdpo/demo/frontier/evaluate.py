@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdpo.demo.frontier import truth
-from fastdpo.demo.frontier.models import Tree, enumerate_tree
-from fastdpo.demo.frontier.world import World
+from . import truth
+from .models import Tree, enumerate_tree
+from .world import World
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

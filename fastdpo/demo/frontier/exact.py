@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fastdpo.demo.frontier import methods, truth
-from fastdpo.demo.frontier.evaluate import win_rates
-from fastdpo.demo.frontier.lab import Lab
-from fastdpo.demo.frontier.models import enumerate_tree, sample
-from fastdpo.demo.frontier.plan import BETAS, REFERENCES, WEIGHTS, Run
-from fastdpo.demo.frontier.world import text
+from . import methods, truth
+from .evaluate import win_rates
+from .lab import Lab
+from .models import enumerate_tree, sample
+from .plan import BETAS, REFERENCES, WEIGHTS, Run
+from .world import text
 
 # β from where the optimum is the reference to where it is the best answers.
 CURVE = tuple(math.exp(3.4 - 0.16 * step) for step in range(41))

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdpo.demo.frontier import figures_caveats, figures_frontier, figures_further
-from fastdpo.demo.frontier.canvas import styled
-from fastdpo.demo.frontier.results import Results
+from . import figures_caveats, figures_frontier, figures_further
+from .canvas import styled
+from .results import Results
 
 # name of the picture -> (how it is drawn, the methods whose records it needs)
 FIGURES: dict[str, tuple[Callable[[Results], Any], tuple[str, ...]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdpo.demo.frontier.canvas import (
+from .canvas import (
     BLUE,
     GOLD,
     GRAY,
@@ -16,9 +16,9 @@ from fastdpo.demo.frontier.canvas import (
     final_points,
     panels,
 )
-from fastdpo.demo.frontier.figures_frontier import KL_LABEL, REWARD_LABEL
-from fastdpo.demo.frontier.plan import FLIP_SHARES
-from fastdpo.demo.frontier.results import Record, Results, at_end, spread
+from .figures_frontier import KL_LABEL, REWARD_LABEL
+from .plan import FLIP_SHARES
+from .results import Record, Results, at_end, spread
 
 CAMPS = (BLUE, GOLD, GREEN)
 CAMP_NAMES = ("A: ends in .", "B: in a valued word", "C: in another")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdpo.demo.frontier.canvas import (
+from .canvas import (
     BLUE,
     GOLD,
     GRAY,
@@ -22,7 +22,7 @@ from fastdpo.demo.frontier.canvas import (
     final_points,
     panels,
 )
-from fastdpo.demo.frontier.results import Record, Results
+from .results import Record, Results
 
 KL_LABEL = "KL(π ‖ π_ref), nats, exact"
 REWARD_LABEL = "expected reward, exact"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdpo.demo.frontier.canvas import (
+from .canvas import (
     BLUE,
     GOLD,
     GRAY,
@@ -15,8 +15,8 @@ from fastdpo.demo.frontier.canvas import (
     exact_frontier,
     panels,
 )
-from fastdpo.demo.frontier.figures_frontier import KL_LABEL, REWARD_LABEL
-from fastdpo.demo.frontier.results import Results, at_end, spread
+from .figures_frontier import KL_LABEL, REWARD_LABEL
+from .results import Results, at_end, spread
 
 STRATEGIES = (
     ("offline", "offline, all six pairs of four answers", BLUE, "o"),

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2LMHeadModel
 
-from fastdpo.demo.frontier import truth
-from fastdpo.demo.frontier.data import Candidates
-from fastdpo.demo.frontier.models import enumerate_tree, sample
-from fastdpo.demo.frontier.reference import train_reference
-from fastdpo.demo.frontier.settings import Settings
-from fastdpo.demo.frontier.world import World
+from . import truth
+from .data import Candidates
+from .models import enumerate_tree, sample
+from .reference import train_reference
+from .settings import Settings
+from .world import World
 
 _WARMUP, _LAST = 0.05, 0.1
 

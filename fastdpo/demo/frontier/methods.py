@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.demo.frontier import data, ppo, preference, truth
-from fastdpo.demo.frontier.data import Pairs
-from fastdpo.demo.frontier.evaluate import Meter, win_rates
-from fastdpo.demo.frontier.lab import Lab, Optimizer, Place, draw, place_of
-from fastdpo.demo.frontier.plan import Run
-from fastdpo.demo.frontier.preference import Loss, Objective
-from fastdpo.demo.frontier.reference import train_reference
+from . import data, ppo, preference, truth
+from .data import Pairs
+from .evaluate import Meter, win_rates
+from .lab import Lab, Optimizer, Place, draw, place_of
+from .plan import Run
+from .preference import Loss, Objective
+from .reference import train_reference
 
 Record = dict[str, Any]
 
@@ -90,7 +90,7 @@ def _ppo(lab: Lab, run: Run, learned: bool) -> Record:
 
 def rloo(lab: Lab, run: Run) -> Record:
     """TRL's trainer."""
-    from fastdpo.demo.frontier.rloo import train_rloo
+    from .rloo import train_rloo
 
     place, clock = lab.place(), Clock()
     meter = _meter(lab, place, every=True)

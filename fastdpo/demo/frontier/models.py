@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from fastdpo.demo.frontier.world import STOP, World
+from .world import STOP, World
 
 IGNORED = -100
 

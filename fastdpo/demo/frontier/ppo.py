@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from fastdpo.demo.frontier.data import Pairs, batches
-from fastdpo.demo.frontier.evaluate import Meter
-from fastdpo.demo.frontier.lab import Optimizer, Place, draw
-from fastdpo.demo.frontier.models import encode
-from fastdpo.demo.frontier.settings import Settings
-from fastdpo.demo.frontier.world import World
+from .data import Pairs, batches
+from .evaluate import Meter
+from .lab import Optimizer, Place, draw
+from .models import encode
+from .settings import Settings
+from .world import World
 
 CLIP = 0.2
 VALUE_WEIGHT = 0.5

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdpo.demo.frontier.data import Pairs, batches
-from fastdpo.demo.frontier.evaluate import Meter
-from fastdpo.demo.frontier.lab import Optimizer, Place
-from fastdpo.demo.frontier.models import encode
-from fastdpo.demo.frontier.settings import Settings
-from fastdpo.demo.frontier.world import World
-from fastdpo.integrations import hf
-from fastdpo.objectives import OBJECTIVES, kl_estimate
+from ...integrations import hf
+from ...objectives import OBJECTIVES, kl_estimate
+from .data import Pairs, batches
+from .evaluate import Meter
+from .lab import Optimizer, Place
+from .models import encode
+from .settings import Settings
+from .world import World
 
 # A step's loss, from the policy and the rows of the pairs, and what it has to tell.
 Loss = Callable[[nn.Module, Tensor], tuple[Tensor, dict[str, float]]]

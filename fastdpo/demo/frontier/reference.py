@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2LMHeadModel
 
-from fastdpo.demo.frontier.models import encode, new_model
-from fastdpo.demo.frontier.settings import Settings
-from fastdpo.demo.frontier.world import NOT, STOP, VALUES, VERY, World
-from fastdpo.integrations import hf
+from ...integrations import hf
+from .models import encode, new_model
+from .settings import Settings
+from .world import NOT, STOP, VALUES, VERY, World
 
 REFERENCE_SEED = 7  # one reference for all seeds of a sweep: the exact frontier is then one curve
 MOOD = 4.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdpo.demo.frontier.sweep import FORMAT
+from .sweep import FORMAT
 
 Record = dict[str, Any]
 

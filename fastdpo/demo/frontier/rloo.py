@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdpo.demo.frontier.evaluate import Meter
-from fastdpo.demo.frontier.lab import Place
-from fastdpo.demo.frontier.settings import Settings
-from fastdpo.demo.frontier.world import World, text
+from .evaluate import Meter
+from .lab import Place
+from .settings import Settings
+from .world import World, text
 
 ITERATIONS = 2  # optimizer steps on each batch of answers
 

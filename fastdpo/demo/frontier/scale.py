@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdpo.demo.frontier.sweep import write_json
-from fastdpo.integrations import hf
+from ...integrations import hf
+from .sweep import write_json
 
 IGNORED = -100
 

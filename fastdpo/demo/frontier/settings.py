@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.demo.frontier.world import World
+from .world import World
 
 
 @dataclass(frozen=True)

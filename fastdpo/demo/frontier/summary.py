@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from fastdpo.demo.frontier.results import Results, at_end, spread
+from .results import Results, at_end, spread
 
 SHOWN = ("dpo", "ppo_learned", "ppo_true", "rloo", "unlikelihood", "preferred_ft")
 COLUMNS = (

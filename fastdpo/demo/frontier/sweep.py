@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-import fastdpo
-from fastdpo.demo.frontier import exact, methods
-from fastdpo.demo.frontier.lab import Lab
-from fastdpo.demo.frontier.plan import OBJECTIVE_BETAS, Run, check_plan
-from fastdpo.demo.frontier.settings import Settings
+from ... import __version__
+from . import exact, methods
+from .lab import Lab
+from .plan import OBJECTIVE_BETAS, Run, check_plan
+from .settings import Settings
 
 # Of the records; a folder written by a version that means something else by them is refused.
 FORMAT = 1
@@ -170,7 +170,7 @@ def _header(settings: Settings) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "settings": settings.as_dict(),
-        "fastdpo": fastdpo.__version__,
+        "fastdpo": __version__,
         "torch": torch.__version__,
     }
 

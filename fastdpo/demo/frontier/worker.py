@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from fastdpo.demo.frontier.sweep import work
+from .sweep import work
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]), json.load(sys.stdin))

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.instruments.host import backend, build
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     os.environ.get(backend.SANITIZE_VARIABLE) == "1", reason="this is the sanitized run"
 )

@@ -59,16 +59,16 @@ def test_the_compiled_kernels(passes):
     passes(KERNELS, "-m", "not slow")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_of_the_compiled_kernels(passes):
     passes(KERNELS, "-m", "slow")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_test_of_the_primitives(passes):
     passes("backends/test_triton_primitives.py", "-k", f"not ({ELSEWHERE})")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_public_functions(passes):
     passes("backends/test_triton_public.py")
