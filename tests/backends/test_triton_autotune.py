@@ -125,7 +125,9 @@ def test_two_programs_a_processor():
     labels, anchor = torch.zeros(4096, dtype=torch.int64), torch.zeros(4096)
     for residents, programs in ((1, 132), (2, 264)):
         resident = dataclasses.replace(tile, residents=residents)
-        plan = autotune.plan(x, head, labels, anchor, True, None, None, (), None, HOPPER, resident)
+        plan = autotune.plan(
+            x, head, labels, anchor, True, None, None, None, (), None, HOPPER, resident
+        )
         assert plan.launches[0].grid == (programs,)
 
 

@@ -142,7 +142,7 @@ def test_nvcc_and_gcc_agree_but_for_the_approximations(executed, host, dtype, mo
         ours = everything(cuda, dtype)
     with backend.installed(host) as cuda:
         theirs = everything(cuda, dtype)
-    gradient = 8
+    gradient = 7
     for n, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if n == gradient and dtype == torch.float32:
             # gcc's exp2f is not always the nearest number either.
