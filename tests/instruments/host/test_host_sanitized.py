@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks.instruments.host import backend, build
+
+HERE = Path(__file__).parent
 
 
 @pytest.mark.exhaustive
@@ -22,7 +25,7 @@ def test_everything_under_the_sanitizers():
     # Once for the compiler, outside of the sanitizers' own process.
     build.build(sanitize=True)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", build.HERE],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE],
         env={**os.environ, **build.sanitizer_environment(), backend.SANITIZE_VARIABLE: "1"},
         capture_output=True,
         text=True,
