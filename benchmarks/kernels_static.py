@@ -86,6 +86,8 @@ def predicted(row: dict[str, Any]) -> Work:
         if row["again"]:
             return kernels_model.nothing_raised(n)
         return kernels_model.reduce_sums(n, row["column_tiles"], 1 + len(_STATS & set(flags)))
+    if kernel == "settle_ties":  # no row is close
+        return kernels_model.target_logits(n, _D, size)
     return {
         "target_logits_kernel": kernels_model.target_logits(_N, _D, size),
         "logits_logps_kernel": kernels_model.logits_logps(_N, _V, size),

@@ -85,7 +85,9 @@ def linear_logps(
         ignore_index: the label of positions that carry no loss.
         stats: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the result is then a
             `LinearLogps`. Statistics come from the same pass and carry no gradient; a backward
-            through the entropy raises RuntimeError.
+            through the entropy raises RuntimeError. `is_top1` is what `logits.argmax(-1) == labels`
+            means: of several largest logits the first one counts, and entries of the vocabulary
+            with equal rows and biases have equal logits, to the bit.
         workspace_bytes: memory that may be kept between forward and backward when the head is
             trained, beyond gradients.
             None: 2 GiB on a GPU, on a CPU 128 MiB (512 MiB for 16-bit inputs, which cost more to

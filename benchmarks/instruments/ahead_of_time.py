@@ -132,6 +132,7 @@ def exp_logits_launches(arch: str, variant: Variant) -> list[Launch]:
             None,
             variant.stats,
             _meta(rows) if "mean_logits" in variant.stats else None,
+            _meta(rows) if "is_top1" in variant.stats else None,
             target,
             tile_for(target, hidden, head),
         ).launches

@@ -9,7 +9,7 @@ else fp32.
     The label's own logit, a_t = z_t[y_t], in the accumulate dtype.
 
 `exp_logits(hidden [N, D], head, labels [N], anchor [N], *, fixed_anchor=False, raised=None,
-out=None, label_entry=None, stats=()) -> ExpSums`
+out=None, label_entry=None, stats=(), tolerance=None) -> ExpSums`
     One product and its epilogue over every entry v of `head` except the label:
 
         e_tv = exp(z_tv − anchor_t)          S_t = Σ_{v ≠ y_t} e_tv
@@ -23,6 +23,10 @@ out=None, label_entry=None, stats=()) -> ExpSums`
     relative to 1. `out` [N, K], K ≤ V, receives E_tv = e_tv · d_tv of the first K entries (d is the
     softcap's derivative, 1 without one) in its own dtype, with `label_entry_t` (0 where None) in
     the label's column. `stats` asks for more sums, see ExpSums.
+
+    The label is the first maximum of the row's logits where own ≥ top and own > earlier. This is
+    exact for equal rows of the head: within `tolerance` [N] of the label's logit, which is then
+    `anchor`, wherever the label lies, logits are summed once more, all in one order. (None: 0.)
 
 `logits_logps(logits [N, V], labels [N], logit_map) -> (logps [N], lse [N, 2])`
     Materialized logits, read once, and what is still to be done to them.
@@ -76,7 +80,18 @@ class ExpSums(NamedTuple):
     entropy: Tensor | None = None  # Σ e · (z − anchor), for stats "entropy"
     collision: Tensor | None = None  # Σ (e · e^COLLISION_SHIFT)², for stats "log_sum_sq_probs"
     logits: Tensor | None = None  # Σ z, for stats "mean_logits"
-    top: Tensor | None = None  # max z, for stats "is_top1"
+    top: Tensor | None = None  # max z, for stats "is_top1", as are the next
+    own: Tensor | None = None  # z_y, −∞ where the label lies in another tile
+    earlier: Tensor | None = None  # top, if an entry before the label attains it; no more than that
+
+
+# Of each statistic.
+FIELDS = {
+    "entropy": ("entropy",),
+    "log_sum_sq_probs": ("collision",),
+    "mean_logits": ("logits",),
+    "is_top1": ("top", "own", "earlier"),
+}
 
 
 class SequenceLoss(NamedTuple):

@@ -66,17 +66,27 @@ def target_logits(
     head: Head,
     labels: Tensor,  # [N]
 ) -> Tensor:  # [N]
+    return _entries_logits(hidden, head, labels)
+
+
+def _entries_logits(
+    hidden: Tensor,  # [M, D]
+    head: Head,
+    entries: Tensor,  # [N]
+    rows: Tensor | None = None,  # [N] of hidden; None: each in turn
+) -> Tensor:  # [N]
     dtype = accumulate_dtype(hidden.dtype)
     # Multiplied in the input's precision, summed in the accumulate dtype; rows by rows, to stay
     # small.
     block = max(1, _tile_elements(hidden) // max(1, hidden.shape[1]))
-    a = hidden.new_empty(hidden.shape[0], dtype=dtype)
-    for start in range(0, hidden.shape[0], block):
-        rows = slice(start, start + block)
-        weight = head.weight.index_select(0, labels[rows]).to(dtype)
-        a[rows] = weight.mul_(hidden[rows]).sum(-1)
+    a = hidden.new_empty(entries.shape[0], dtype=dtype)
+    for start in range(0, entries.shape[0], block):
+        part = slice(start, start + block)
+        weight = head.weight.index_select(0, entries[part]).to(dtype)
+        products = weight.mul_(hidden[part] if rows is None else hidden[rows[part]])
+        a[part] = products.sum(-1)
     if head.bias is not None:
-        a += head.bias.index_select(0, labels)
+        a += head.bias.index_select(0, entries)
     return _transform(a, head)
 
 
@@ -91,8 +101,11 @@ def exp_logits(
     out: Tensor | None = None,  # [N, K]
     label_entry: Tensor | None = None,  # [N]
     stats: tuple[str, ...] = (),
+    tolerance: Tensor | None = None,  # [N]
 ) -> ExpSums:
     sums = _exp_sums(hidden, head, labels, anchor, out, label_entry, stats)
+    if sums.top is not None and tolerance is not None:
+        sums = _ties_settled(sums, hidden, head, labels, anchor, tolerance)
     if not fixed_anchor:
         raised = ~(sums.sum <= RAISE_ABOVE)  # written so that NaN and inf are raised too
     if raised is None or not bool(raised.any()):
@@ -102,14 +115,15 @@ def exp_logits(
     rows = raised.nonzero().squeeze(1)
     hidden, labels, top = hidden[rows], labels[rows], anchor[rows]
     if not fixed_anchor:
-        found = _exp_sums(hidden, head, labels, top, None, None, ("is_top1",)).top
-        assert found is not None
-        top = found
+        found = _exp_sums(hidden, head, labels, top, None, None, ("is_top1",))
+        assert found.top is not None
+        top = found.top
     part = None if out is None else out[rows]
     entry = None if label_entry is None else label_entry[rows]
     # Where nothing can occur the sums are 0, whatever the anchor, and not exp(−∞ + ∞).
     finite = torch.where(top == -torch.inf, 0.0, top)
-    again = _exp_sums(hidden, head, labels, finite, part, entry, stats)._replace(anchor=top)
+    again = _exp_sums(hidden, head, labels, finite, part, entry, stats)
+    again = again._replace(anchor=top)
     if out is not None and part is not None:
         out[rows] = part
     return ExpSums._make(
@@ -133,7 +147,10 @@ def _exp_sums(
     entropy = zeros(n) if "entropy" in stats else None
     collision = zeros(n) if "log_sum_sq_probs" in stats else None
     logits = zeros(n) if "mean_logits" in stats else None
-    top = torch.full_like(anchor, -torch.inf) if "is_top1" in stats else None
+    top: Tensor | None = None
+    first: Tensor | None = None
+    if "is_top1" in stats:
+        top, first = torch.full_like(anchor, -torch.inf), torch.zeros_like(labels)
     for start, stop in _tiles(n, head.vocab_size, hidden):
         z = logits_of(hidden, head.columns(start, stop))
         derivative = head.softcap_derivative(z) if start < stored else None
@@ -143,8 +160,10 @@ def _exp_sums(
         if logits is not None:
             logits += z.sum(1) - torch.where(inside, own, 0.0)
         z.scatter_(1, column, torch.where(inside, -torch.inf, own).unsqueeze(1))
-        if top is not None:
-            torch.maximum(top, z.amax(1), out=top)
+        if top is not None and first is not None:
+            highest, place = z.max(1)
+            first = torch.where(highest > top, place + start, first)
+            top = torch.maximum(top, highest)
         z -= anchor.unsqueeze(1)
         e = z.exp() if entropy is not None else z.exp_()
         total += e.sum(1)
@@ -161,7 +180,45 @@ def _exp_sums(
                 e.scatter_(1, column, torch.where(inside, label_entry, own).unsqueeze(1))
             last = min(stop, stored)
             out[:, start:last] = e[:, : last - start]
-    return ExpSums(anchor, total, entropy, collision, logits, top)
+    label_logit: Tensor | None = None
+    earlier: Tensor | None = None
+    if top is not None and first is not None:
+        inside = (labels >= 0) & (labels < head.vocab_size)
+        found = _entries_logits(hidden, head, labels.clamp(0, head.vocab_size - 1))
+        label_logit = torch.where(inside, found, -torch.inf)
+        earlier = torch.where(first < labels, top, -torch.inf)
+    return ExpSums(anchor, total, entropy, collision, logits, top, label_logit, earlier)
+
+
+def _ties_settled(
+    sums: ExpSums,
+    hidden: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]
+    anchor: Tensor,  # [N] the labels' logits
+    tolerance: Tensor,  # [N]
+) -> ExpSums:
+    """The same, with `top` and `earlier` of rows whose maximum may be the label's logit taken from
+    sums in the order of `target_logits`: a product's depends on its shape, and on the place in it.
+    """
+    top, earlier = sums.top, sums.earlier
+    assert top is not None
+    assert earlier is not None
+    # Nothing to sum, nothing to settle: a row of zeros may have all entries at its maximum.
+    rows = (((anchor - top).abs() <= tolerance) & (tolerance > 0)).nonzero()
+    top, earlier = top.clone(), earlier.clone()
+    block = max(1, _tile_elements(hidden) // head.vocab_size)
+    for some in rows.squeeze(1).split(block):
+        z = logits_of(hidden[some], head)
+        near = z >= (anchor[some] - tolerance[some]).unsqueeze(1)
+        near &= torch.arange(head.vocab_size, device=z.device) != labels[some].unsqueeze(1)
+        row, entry = near.nonzero(as_tuple=True)
+        summed = _entries_logits(hidden, head, entry, some[row])
+        least = torch.full_like(anchor[some], -torch.inf)
+        top[some] = least.scatter_reduce(0, row, summed, "amax")
+        before = torch.where(entry < labels[some][row], summed, -torch.inf)
+        earlier[some] = least.scatter_reduce(0, row, before, "amax")
+    return sums._replace(top=top, earlier=earlier)
 
 
 def logits_logps(

@@ -142,7 +142,7 @@ def forward_pass(
     storage: Tensor | None = None,  # flat, for E; allocated where None
 ) -> ForwardPass:
     n, vocab, shared = x.shape[0], head.vocab_size, call.vocab_parallel
-    labels = call.local(labels)
+    whole_labels, labels = labels, call.local(labels)
     ready = x.dtype != torch.float16  # may E be formed before the sums are known?
     backend = select.primitive("exp_logits", x, call.backend)
     target = _target_logits(x, head, labels, call)
@@ -159,6 +159,7 @@ def forward_pass(
         scratch = padded_empty(blocks[0].stop if blocks else 0, vocab, x)
 
     asked = tuple(s for s in call.stats if s != "mean_logits" or head.softcap is not None)
+    tolerance = _tolerance(x, head, labels, target, call) if "is_top1" in asked else None
     parts: list[ExpSums] = []
     raised: list[Tensor] = []
     for rows in blocks:
@@ -167,7 +168,15 @@ def forward_pass(
             out = stored[rows]
         elif scratch is not None:
             out = scratch[: rows.stop - rows.start]
-        sums = backend.exp_logits(x[rows], head, labels[rows], target[rows], out=out, stats=asked)
+        sums = backend.exp_logits(
+            x[rows],
+            head,
+            labels[rows],
+            target[rows],
+            out=out,
+            stats=asked,
+            tolerance=None if tolerance is None else tolerance[rows],
+        )
         raised.append(sums.anchor != target[rows])
         if shared is not None:
             sums, share = shared.joined(sums)
@@ -184,7 +193,10 @@ def forward_pass(
     flags = torch.cat(raised) if raised else target.new_empty(0, dtype=torch.bool)
     state = RowState(target, sums.anchor, sums.sum, flags)
     logps = _logps(state)
-    stats = {name: _statistic(name, x, head, state, sums, logps, call) for name in call.stats}
+    stats = {
+        name: _statistic(name, x, whole_labels, head, state, sums, logps, call)
+        for name in call.stats
+    }
     return ForwardPass(logps, stats, state, kept, product)
 
 
@@ -362,6 +374,33 @@ def _target_logits(x: Tensor, head: Head, labels: Tensor, call: Call) -> Tensor:
     return call.vocab_parallel.from_owner(backend.target_logits(x, head, inside), labels)
 
 
+def _tolerance(
+    x: Tensor,  # [N, D]
+    head: Head,
+    labels: Tensor,  # [N]
+    target: Tensor,  # [N] the labels' logits
+    call: Call,
+) -> Tensor:  # [N]
+    """By how much two sums of the label's logit may differ: one rounding of Σ |h w| for each of D
+    terms, and where fp32 is multiplied with fewer bits, what these leave out.
+    """
+    size = torch.empty_like(target)
+    inside = labels.clamp(0, head.vocab_size - 1)
+    block = sum_rows(x)
+    for start in range(0, x.shape[0], block):
+        rows = slice(start, start + block)
+        weight = head.weight.index_select(0, inside[rows]).to(size.dtype)
+        size[rows] = weight.mul_(x[rows]).abs_().sum(-1)
+    if call.vocab_parallel is not None:
+        size = call.vocab_parallel.from_owner(size, labels)
+    eps = torch.finfo(size.dtype).eps
+    relative = 2 * eps * x.shape[1]
+    library = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    if x.dtype == torch.float32:
+        relative += {"tf32": 2.0**-9, "bf16": 2.0**-6}.get(library.matmul.fp32_precision, 0.0)
+    return relative * abs(head.gain) * size + 16 * eps * target.abs()
+
+
 def _scale_rows(e: Tensor, share: Tensor) -> None:  # [N, K], [N]
     """E from this process's anchors to the common ones, which differ for far rows alone: on a GPU,
     where nobody may look whether there is one, a read and a write of E (3 % of three products at
@@ -431,6 +470,7 @@ def _renormalized(state: RowState) -> RowState:
 def _statistic(
     name: str,
     x: Tensor,
+    labels: Tensor,  # [N] of the whole vocabulary
     head: Head,
     state: RowState,
     sums: ExpSums,
@@ -463,7 +503,12 @@ def _statistic(
         return call.vocab_parallel.total(mean * (head.vocab_size / call.vocab_size(head)))
     assert name == "is_top1"
     assert sums.top is not None
-    return state.target >= sums.top
+    assert sums.own is not None
+    assert sums.earlier is not None
+    first = (sums.own >= sums.top) & (sums.own > sums.earlier)
+    # Where nothing can occur all logits are equal, and the vocabulary's first entry is the first.
+    nothing = torch.maximum(sums.own, sums.top) == -torch.inf
+    return torch.where(nothing, labels == 0, first)
 
 
 def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
@@ -471,7 +516,7 @@ def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
         return parts[0]
     if not parts:
         empty = like.new_empty(0)
-        return ExpSums(empty, empty, empty, empty, empty, empty)
+        return ExpSums(*(empty for _ in ExpSums._fields))
     anchors, totals, *stats = zip(*parts, strict=True)
     joined = (None if s[0] is None else torch.cat(s) for s in stats)
     return ExpSums(torch.cat(anchors), torch.cat(totals), *joined)

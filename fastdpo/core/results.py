@@ -22,7 +22,7 @@ class LinearLogps(NamedTuple):
     entropy: Tensor | None = None  # −Σ_v p_v log p_v, nats
     log_sum_sq_probs: Tensor | None = None  # log Σ_v p_v²
     mean_logits: Tensor | None = None  # (1/V) Σ_v z_v
-    is_top1: Tensor | None = None  # bool
+    is_top1: Tensor | None = None  # bool: is the label the first maximum of the logits?
 
 
 class LinearDPOStats(NamedTuple):

@@ -145,8 +145,9 @@ class VocabParallel:
             whole["collision"] = in_order(torch.where(w == 0, 0.0, w * w * part["collision"]))
         if "logits" in part:
             whole["logits"] = in_order(part["logits"])
-        if "top" in part:
-            whole["top"] = part["top"].amax(0)
+        for name in ("top", "own", "earlier"):
+            if name in part:
+                whole[name] = part[name].amax(0)
         return ExpSums(**whole), w[self.rank]
 
     def hidden_grad(self, part: Tensor) -> Tensor:  # [N, D], in the accumulate dtype

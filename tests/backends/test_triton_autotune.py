@@ -126,7 +126,7 @@ def test_two_programs_a_processor():
     for residents, programs in ((1, 132), (2, 264)):
         resident = dataclasses.replace(tile, residents=residents)
         plan = autotune.plan(
-            x, head, labels, anchor, True, None, None, None, (), None, HOPPER, resident
+            x, head, labels, anchor, True, None, None, None, (), None, None, HOPPER, resident
         )
         assert plan.launches[0].grid == (programs,)
 

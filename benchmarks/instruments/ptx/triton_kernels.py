@@ -31,7 +31,7 @@ from fastdpo.backends.triton.launch import Launch, Target
 # What a call's first launch that names it writes: nothing there may be read before.
 _WRITTEN = {
     "partial_ptr", "sums_ptr", "raised_ptr", "new_anchor_ptr", "logit_ptr", "logps_ptr", "lse_ptr",
-    "loss_ptr", "rewards_ptr", "coefficients_ptr",
+    "loss_ptr", "rewards_ptr", "coefficients_ptr", "own_ptr", "settled_ptr",
 }  # fmt: skip
 _INPUTS = {"sequence_loss_kernel": {"logps_ptr"}, "logits_logps_backward_kernel": {"lse_ptr"}}
 _SCALARS = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}

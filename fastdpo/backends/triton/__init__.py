@@ -3,6 +3,7 @@
 The contract is `fastdpo.backends.contract`.
 
     target_logits.py, exp_logits_*.py, reduce_sums.py   hidden, head -> logits, exponentials, sums
+    settle_ties.py                                      is the label the first maximum?
     logits_logps.py, logits_logps_backward.py           materialized logits
     sequence_loss.py                                    log-probabilities -> the DPO sigmoid loss
     epilogue.py, language.py                            what kernels share
@@ -21,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..contract import ExpSums, Head, LogitMap, SequenceLoss
+from ..contract import FIELDS, ExpSums, Head, LogitMap, SequenceLoss
 from . import ops
 from .configs import CONFIGS, supported_arch
 from .exp_logits import STATS
@@ -94,16 +95,18 @@ def exp_logits(
     out: Tensor | None = None,  # [N, K]
     label_entry: Tensor | None = None,  # [N] fp32
     stats: tuple[str, ...] = (),
+    tolerance: Tensor | None = None,  # [N] fp32
 ) -> ExpSums:
     asked = [name for name in STATS if name in stats]
     out = out if out is not None and out.shape[1] else None
     entry = None if out is None else label_entry
     new_anchor, sums = ops.exp_logits(
         _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, raised, out, entry,
-        ",".join(asked),
+        ",".join(asked), tolerance,
     )  # fmt: skip
-    found = dict(zip(asked, sums[1:], strict=True))
-    return ExpSums(anchor if fixed_anchor else new_anchor, sums[0], *map(found.get, STATS))
+    fields = [field for name in asked for field in FIELDS[name]]
+    found = dict(zip(fields, sums[1:], strict=True))
+    return ExpSums(anchor if fixed_anchor else new_anchor, sums[0], **found)
 
 
 def logits_logps(

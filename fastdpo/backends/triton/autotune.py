@@ -112,10 +112,8 @@ def _fastest(
     # With E, so that a tile without the registers or the shared memory to store it cannot win.
     out = padded_empty(_ROWS, head.vocab_size, x)
     tiles = candidates(shipped)
-    launches = [
-        plan(x, head, labels, anchor, True, None, out, None, (), None, target, tile).launches[0]
-        for tile in tiles
-    ]
+    options = (True, None, out, None, (), None, None, target)
+    launches = [plan(x, head, labels, anchor, *options, tile).launches[0] for tile in tiles]
     _compile(launches)
     timed: list[tuple[float, Tile]] = []
     for tile, launch in zip(tiles, launches, strict=True):

@@ -6,8 +6,9 @@
     4. their reduction into new anchors
     5. the exponentials again
     6. their sums
+    7. for `is_top1`, the labels' logits again, and ties (`settle_ties`)
 
-The last four end at once where nothing is flagged. Where the anchors are fixed, 3 and 4 are left
+Numbers 3 to 6 end at once where nothing is flagged. Where the anchors are fixed, 3 and 4 are left
 out, and the caller says which rows are flagged, if any: those that were when the anchors were
 found. E is then to the bit what was summed, whichever kernel had summed it: the kernels for flagged
 rows have tiles of their own, and another order of the sum over D is another logit.
@@ -26,7 +27,7 @@ backward's products are the vendor's, and read it.
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -47,18 +48,32 @@ from .exp_logits_raised import exp_logits_raised
 from .exp_logits_tma import exp_logits_tma
 from .launch import Launch, Target
 from .reduce_sums import reduce_sums
+from .settle_ties import settle_ties
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+_SPLITS = 8  # programs that share a row in `settle_ties`
+_SETTLE = {"BLOCK_C": 8, "BLOCK_D": 256}
+_OPERANDS = (
+    "hidden_ptr", "weight_ptr", "hidden_stride", "weight_stride", "weight_depth_stride",
+)  # fmt: skip
 _REDUCE = {"BLOCK_N": 32, "BLOCK_T": 32}
 # Triton before 3.7.1 leaves out the fence that wgmma and tcgen05 need to see what cp.async copied
 # (triton-lang/triton#9610, #10537).
 _FENCES_COPIES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
 
 
+class Ties(NamedTuple):
+    """What `settle_ties` writes."""
+
+    own: Tensor  # [N]
+    settled: Tensor  # [2 · SPLITS, N], top and earlier; −∞ where there was nothing to settle
+
+
 class Plan(NamedTuple):
     launches: list[Launch]
     anchor: Tensor  # [N] the anchors used
     sums: Tensor  # [P, N] Σ e, then the statistics asked for in the order of STATS
+    ties: Ties | None = None  # with is_top1
 
 
 def curve(head: Head | LogitMap) -> tuple[float, float | None]:
@@ -112,6 +127,7 @@ def plan(
     label_entry: Tensor | None,  # [N]
     stats: tuple[str, ...],
     label_logits: Tensor | None,  # [N] for "mean_logits": the labels' logits, 0 where elsewhere
+    tolerance: Tensor | None,  # [N] for "is_top1"
     target: Target,
     tile: Tile,
 ) -> Plan:
@@ -168,13 +184,30 @@ def plan(
     }  # fmt: skip
     reduce_grid = (-(-rows // _REDUCE["BLOCK_N"]),)
     first = [main, Launch(reduce_sums, reduce_grid, reduction)]
+    ties = None
+    if "is_top1" in asked:
+        index = _position(asked, "is_top1")
+        tiles_maxima = partial[index * column_tiles * rows :][: column_tiles * rows]
+        # Few in the interpreter, which takes one after the other.
+        splits = 1 if target.arch == "interpreter" else _SPLITS
+        ties = Ties(anchor.new_empty(rows), anchor.new_empty(2 * splits, rows))
+        settling: dict[str, Any] = {
+            **{name: pointers[name] for name in _OPERANDS}, "bias_ptr": head.bias,
+            "labels_ptr": labels, "anchor_ptr": anchor, "tolerance_ptr": tolerance,
+            "top_ptr": sums[index], "maxima_ptr": tiles_maxima, "own_ptr": ties.own,
+            "settled_ptr": ties.settled, "N": rows, "V": vocabulary, "D": hidden.shape[1],
+            "T": column_tiles, "inner": inner, "outer": outer, "BLOCK_V": tile.columns,
+            **_SETTLE, "SPLITS": splits,
+        }  # fmt: skip
+        # Before flagged rows' maxima take the others' place; they have nothing to settle.
+        first.append(Launch(settle_ties, (rows, splits), settling))
     if not fixed_anchor:
         raised = torch.empty(rows, dtype=torch.int8, device=hidden.device)
         new_anchor = torch.empty_like(anchor)
     elif flagged is not None:
         raised, new_anchor = flagged, anchor
     else:
-        return Plan(first, anchor, sums)
+        return Plan(first, anchor, sums, ties)
     once_more = {"raised_ptr": raised, "AGAIN": True, "T": plain_column_tiles}
     again = {
         **pointers, **shared, **_shape(plain), "anchor_ptr": new_anchor, "raised_ptr": raised,
@@ -186,7 +219,7 @@ def plan(
         Launch(reduce_sums, reduce_grid, {**reduction, **once_more}),
     ]
     if fixed_anchor:
-        return Plan([*first, *last], anchor, sums)
+        return Plan([*first, *last], anchor, sums, ties)
 
     reduction = {
         **reduction, "raised_ptr": raised, "anchor_ptr": anchor, "new_anchor_ptr": new_anchor,
@@ -199,13 +232,13 @@ def plan(
         **reduction, **once_more, "sums_ptr": new_anchor, "anchor_ptr": None, "entry_ptr": None,
         "label_logit_ptr": None, "QUANTITIES": 1, "LOGITS_AT": -1, "TOP_AT": 0,
     }  # fmt: skip
+    first[1] = Launch(reduce_sums, reduce_grid, reduction)
     launches = [
-        main,
-        Launch(reduce_sums, reduce_grid, reduction),
+        *first,
         Launch(exp_logits_raised, grid, find, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, maxima),
     ]
-    return Plan([*launches, *last], new_anchor, sums)
+    return Plan([*launches, *last], new_anchor, sums, ties)
 
 
 def _stages(target: Target, tile: Tile, kind: str) -> int:

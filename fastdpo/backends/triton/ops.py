@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...names import TRITON
-from ..contract import Head, LogitMap
+from ..contract import FIELDS, Head, LogitMap
 from . import exp_logits as _exp_logits
 from . import row_launches
 from .autotune import tile_of
@@ -55,7 +55,8 @@ def exp_logits(
     out: Tensor | None,  # [N, K]
     label_entry: Tensor | None,  # [N] fp32
     stats: str,
-) -> tuple[Tensor, Tensor]:  # [N], [1 + len(stats), N]
+    tolerance: Tensor | None,  # [N] fp32
+) -> tuple[Tensor, Tensor]:  # [N], [P, N]
     """(anchor used, the sums in the order of `ExpSums`); with a fixed anchor the first is empty."""
     asked = tuple(filter(None, stats.split(",")))
     if hidden.shape[0] == 0:
@@ -73,6 +74,7 @@ def exp_logits(
             out,
             label_entry,
             stats,
+            tolerance,
         )
     head = Head(weight, _dense(bias), scale, softcap, temperature)
     labels, anchor = labels.contiguous(), anchor.contiguous()
@@ -94,11 +96,19 @@ def exp_logits(
         _dense(label_entry),
         asked,
         label_logits,
+        torch.zeros_like(anchor) if tolerance is None else tolerance.contiguous(),
         target,
         tile,
     )
     run(launches + plan.launches, hidden.device)
-    return anchor.new_empty(0) if fixed_anchor else plan.anchor, plan.sums
+    sums = plan.sums
+    if plan.ties is not None:
+        top, earlier = plan.ties.settled.view(2, -1, anchor.shape[0]).amax(1)
+        # What was close is settled, and all the rest is as the product has it: no entry that could
+        # be the label's equal.
+        top = torch.where(top == -torch.inf, sums[-1], top)
+        sums = torch.cat([sums[:-1], torch.stack([top, plan.ties.own, earlier])])
+    return anchor.new_empty(0) if fixed_anchor else plan.anchor, sums
 
 
 @exp_logits.register_fake
@@ -116,9 +126,10 @@ def _exp_logits_fake(
     out,
     label_entry,
     stats,
+    tolerance,
 ):
     rows = hidden.shape[0]
-    quantities = 1 + len(list(filter(None, stats.split(","))))
+    quantities = 1 + sum(len(FIELDS[name]) for name in filter(None, stats.split(",")))
     return anchor.new_empty(0 if fixed_anchor else rows), anchor.new_empty(quantities, rows)
 
 

@@ -70,5 +70,10 @@ def test_every_test_of_the_primitives(passes):
 
 
 @pytest.mark.exhaustive
+def test_ties(passes):
+    passes("core/test_first_maximum.py", "-k", "triton and not processes")
+
+
+@pytest.mark.exhaustive
 def test_the_public_functions(passes):
     passes("backends/test_triton_public.py")
