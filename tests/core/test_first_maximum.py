@@ -137,9 +137,7 @@ def _shared(sizes, hidden, weight, bias, labels, backend):
     ends = torch.tensor(sizes).cumsum(0).tolist()
     spread = VocabParallel.of(sizes)
     mine = slice(ends[spread.rank] - sizes[spread.rank], ends[spread.rank])
-    return is_top1(
-        hidden, weight[mine], bias[mine], labels, vocab_parallel=spread, backend=backend
-    )
+    return is_top1(hidden, weight[mine], bias[mine], labels, vocab_parallel=spread, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -151,8 +149,6 @@ def test_equal_entries_of_several_processes(processes, dtype, backend):
     hidden, weight, bias, entries = tied((20, 300, 96), dtype, copies=3)
     for sizes in ((100, 100, 100), (7, 250, 43)):
         for place in range(3):
-            found = processes.run(
-                _shared, sizes, hidden, weight, bias, entries[:, place], backend
-            )
+            found = processes.run(_shared, sizes, hidden, weight, bias, entries[:, place], backend)
             for each in found:
                 assert torch.equal(each, torch.full_like(each, place == 0))
