@@ -1,7 +1,7 @@
 // What every kernel shares: element types, 16-byte access to rows at any element alignment,
 // exponentials, reductions in a fixed order. Plain CUDA C++ with no tensor-core and no
-// architecture-specific instruction but the guarded ex2 and rcp, so that tests/instruments/host runs the same
-// code on the CPU.
+// architecture-specific instruction but the guarded ex2 and rcp, so that tests/instruments/host
+// runs the same code on the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
