@@ -103,9 +103,8 @@ def exp_logits(
     stats: tuple[str, ...] = (),
     tolerance: Tensor | None = None,  # [N]
 ) -> ExpSums:
-    sums = _exp_sums(hidden, head, labels, anchor, out, label_entry, stats)
-    if sums.top is not None and tolerance is not None:
-        sums = _ties_settled(sums, hidden, head, labels, anchor, tolerance)
+    close = None if tolerance is None else _Close(labels, anchor, tolerance)
+    sums = _exp_sums(hidden, head, labels, anchor, out, label_entry, stats, close)
     if not fixed_anchor:
         raised = ~(sums.sum <= RAISE_ABOVE)  # written so that NaN and inf are raised too
     if raised is None or not bool(raised.any()):
@@ -140,6 +139,7 @@ def _exp_sums(
     out: Tensor | None,  # [N, K]
     label_entry: Tensor | None,  # [N]
     stats: tuple[str, ...],
+    close: _Close | None = None,
 ) -> ExpSums:
     n, stored = hidden.shape[0], 0 if out is None else out.shape[1]
     zeros = anchor.new_zeros
@@ -147,10 +147,7 @@ def _exp_sums(
     entropy = zeros(n) if "entropy" in stats else None
     collision = zeros(n) if "log_sum_sq_probs" in stats else None
     logits = zeros(n) if "mean_logits" in stats else None
-    top: Tensor | None = None
-    first: Tensor | None = None
-    if "is_top1" in stats:
-        top, first = torch.full_like(anchor, -torch.inf), torch.zeros_like(labels)
+    top = torch.full_like(anchor, -torch.inf) if "is_top1" in stats else None
     for start, stop in _tiles(n, head.vocab_size, hidden):
         z = logits_of(hidden, head.columns(start, stop))
         derivative = head.softcap_derivative(z) if start < stored else None
@@ -160,10 +157,11 @@ def _exp_sums(
         if logits is not None:
             logits += z.sum(1) - torch.where(inside, own, 0.0)
         z.scatter_(1, column, torch.where(inside, -torch.inf, own).unsqueeze(1))
-        if top is not None and first is not None:
-            highest, place = z.max(1)
-            first = torch.where(highest > top, place + start, first)
+        if top is not None:
+            highest = z.amax(1)
             top = torch.maximum(top, highest)
+            if close is not None:
+                close.find(z, highest, start)
         z -= anchor.unsqueeze(1)
         e = z.exp() if entropy is not None else z.exp_()
         total += e.sum(1)
@@ -182,43 +180,55 @@ def _exp_sums(
             out[:, start:last] = e[:, : last - start]
     label_logit: Tensor | None = None
     earlier: Tensor | None = None
-    if top is not None and first is not None:
+    if top is not None:
         inside = (labels >= 0) & (labels < head.vocab_size)
         found = _entries_logits(hidden, head, labels.clamp(0, head.vocab_size - 1))
         label_logit = torch.where(inside, found, -torch.inf)
-        earlier = torch.where(first < labels, top, -torch.inf)
+        earlier = torch.full_like(top, -torch.inf)
+        if close is not None:
+            top, earlier = close.settled(hidden, head, top)
     return ExpSums(anchor, total, entropy, collision, logits, top, label_logit, earlier)
 
 
-def _ties_settled(
-    sums: ExpSums,
-    hidden: Tensor,  # [N, D]
-    head: Head,
-    labels: Tensor,  # [N]
-    anchor: Tensor,  # [N] the labels' logits
-    tolerance: Tensor,  # [N]
-) -> ExpSums:
-    """The same, with `top` and `earlier` of rows whose maximum may be the label's logit taken from
-    sums in the order of `target_logits`: a product's depends on its shape, and on the place in it.
+class _Close:
+    """The entries whose logits come within the tolerance of their row's label. They are summed once
+    more, in the order of `target_logits`: that of a product depends on its shape, and on the place
+    in it.
     """
-    top, earlier = sums.top, sums.earlier
-    assert top is not None
-    assert earlier is not None
-    # Nothing to sum, nothing to settle: a row of zeros may have all entries at its maximum.
-    rows = (((anchor - top).abs() <= tolerance) & (tolerance > 0)).nonzero()
-    top, earlier = top.clone(), earlier.clone()
-    block = max(1, _tile_elements(hidden) // head.vocab_size)
-    for some in rows.squeeze(1).split(block):
-        z = logits_of(hidden[some], head)
-        near = z >= (anchor[some] - tolerance[some]).unsqueeze(1)
-        near &= torch.arange(head.vocab_size, device=z.device) != labels[some].unsqueeze(1)
+
+    def __init__(self, labels: Tensor, anchor: Tensor, tolerance: Tensor):  # [N] each
+        self._labels, self._anchor, self._tolerance = labels, anchor, tolerance
+        self._rows, self._entries = [labels[:0]], [labels[:0]]
+
+    def find(self, z: Tensor, highest: Tensor, start: int) -> None:  # [N, C], [N]
+        """Those of a tile, where none of it exceeds the label by more."""
+        rows = self._may_be_equal(highest).nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return
+        z, tolerance = z[rows], self._tolerance[rows].unsqueeze(1)
+        near = z >= self._anchor[rows].unsqueeze(1) - tolerance
+        # Of sums of zeros, which are the same in any order, the first will do: there may be many.
+        place = torch.arange(z.shape[1], device=z.device)
+        near &= (tolerance > 0) | (place == z.argmax(1, keepdim=True))
         row, entry = near.nonzero(as_tuple=True)
-        summed = _entries_logits(hidden, head, entry, some[row])
-        least = torch.full_like(anchor[some], -torch.inf)
-        top[some] = least.scatter_reduce(0, row, summed, "amax")
-        before = torch.where(entry < labels[some][row], summed, -torch.inf)
-        earlier[some] = least.scatter_reduce(0, row, before, "amax")
-    return sums._replace(top=top, earlier=earlier)
+        self._rows.append(rows[row])
+        self._entries.append(entry + start)
+
+    def settled(self, hidden: Tensor, head: Head, top: Tensor) -> tuple[Tensor, Tensor]:
+        """`top` and `earlier` of `ExpSums`."""
+        equal = self._may_be_equal(top)
+        rows, entries = torch.cat(self._rows), torch.cat(self._entries)
+        counts = equal[rows]
+        rows, entries = rows[counts], entries[counts]
+        z = _entries_logits(hidden, head, entries, rows)
+        before = torch.where(entries < self._labels[rows], z, -torch.inf)
+        least = torch.full_like(top, -torch.inf)
+        settled = least.scatter_reduce(0, rows, z, "amax")
+        earlier = least.scatter_reduce(0, rows, before, "amax")
+        return torch.where(equal, settled, top), earlier
+
+    def _may_be_equal(self, top: Tensor) -> Tensor:  # [N]
+        return (top - self._anchor).abs() <= self._tolerance
 
 
 def logits_logps(
