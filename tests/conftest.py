@@ -21,11 +21,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _INTERPRET = os.environ.get("TRITON_INTERPRET")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         if os.environ.get("TRITON_INTERPRET") != _INTERPRET:
             # The tests of a GPU would interpret their kernels, and prove nothing.
             raise pytest.UsageError("TRITON_INTERPRET should be left alone by what tests import")
+        for item in items:
+            parameters = getattr(getattr(item, "callspec", None), "params", {})
+            if parameters.get("backend") == "triton":
+                item.add_marker("gpu")  # `devices.device_of`
         return
     skip = pytest.mark.skip(reason="needs a GPU: `pytest -m gpu` on a machine that has one")
     for item in items:

@@ -47,7 +47,7 @@ def token_logps(
 class _Saved(NamedTuple):
     """What the forward leaves to the backward, beside its inputs."""
 
-    state: Tensor  # [3, N] a packed RowState
+    state: Tensor | None  # [3, N] a packed RowState; None where no gradient will be asked for
     product: Tensor | None  # U [N, D], with a frozen head
     flat: Tensor | None  # E of the first columns, for `Kept`
 
@@ -64,7 +64,8 @@ class _TokenLogps(torch.autograd.Function):
             done = _forward_pass(hidden, head, rows, call, needs)
             logps, stats = done.logps, tuple(done.stats[name] for name in call.stats)
             flat = None if done.kept is None else done.kept.flat
-            saved = _Saved(done.row_state.packed(), done.hidden_product, flat)
+            state = done.row_state.packed() if needs.any else None
+            saved = _Saved(state, done.hidden_product, flat)
             columns = 0 if done.kept is None else done.kept.columns
         if needs.any:
             inputs = (hidden, weight, bias)

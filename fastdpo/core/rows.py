@@ -90,7 +90,10 @@ def find(
         assert row_index.shape == labels.shape
         if row_index.vocab_size == vocab_size:
             return row_index
-        row_index = None  # a reference with another vocabulary: these are to be checked as well
+        # A reference had another vocabulary: the same positions, to be held to this one as well.
+        assert row_index.carries is not None
+        labels = torch.where(row_index.carries, labels, ignore_index)
+        row_index = None
     checks.ignored(ignore_index)
     flat = labels.flatten()
     if row_index is not None:

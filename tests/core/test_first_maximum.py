@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from devices import device_of, of_processes
 from processes import Processes
 
 from fastdpo.backends import torch as torch_backend
@@ -46,9 +47,15 @@ def tied(shape, dtype, copies=2, seed=0):
     return hidden, weight, bias, mine
 
 
-def is_top1(hidden, weight, bias, labels, **options):
-    found = linear_logps(hidden, weight, labels, bias=bias, stats=("is_top1",), **options)
-    return found.is_top1
+def is_top1(hidden, weight, bias, labels, *, backend, **options):
+    tensors = (hidden, weight, labels, bias)
+    hidden, weight, labels, bias = (
+        None if t is None else t.to(device_of(backend)) for t in tensors
+    )
+    found = linear_logps(
+        hidden, weight, labels, bias=bias, stats=("is_top1",), backend=backend, **options
+    )
+    return found.is_top1.cpu()
 
 
 @pytest.mark.parametrize("head", [{}, {"temperature": 0.7, "logit_scale": 1.3}, {"softcap": 30.0}])
@@ -59,10 +66,9 @@ def is_top1(hidden, weight, bias, labels, **options):
     ids=str,
 )
 def test_equal_entries(backend, dtype, shape, head):
-    if backend == "triton":
-        pytest.importorskip("triton")
-        if shape[0] * shape[1] * shape[2] > 600_000 or (shape == (5, 2, 64) and head):
-            pytest.skip("slow, interpreted")
+    slow = shape[0] * shape[1] * shape[2] > 600_000 or (shape == (5, 2, 64) and head)
+    if slow and backend == "triton" and device_of(backend).type == "cpu":
+        pytest.skip("too slow interpreted: `pytest -m gpu` on a machine that has one")
     for copies in (2, 3) if shape[1] > 10 and backend == "torch" else (2,):
         hidden, weight, bias, entries = tied(shape, dtype, copies)
         for place in range(copies):
@@ -89,8 +95,6 @@ def test_equal_entries_of_several_tiles(shape, threads, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_entries_are_equal(backend):
     """Zeros in the head or in hidden, one row over and over, a saturated softcap."""
-    if backend == "triton":
-        pytest.importorskip("triton")
     n, vocab, d = 6, 150, 32
     labels = torch.tensor([0, 1, 149, 70, 0, 64])
     hidden, weight = torch.randn(n, d), torch.randn(1, d).expand(vocab, d).contiguous()
@@ -110,8 +114,6 @@ def test_all_entries_are_equal(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_is_the_argmax_of_logits_without_roundings(backend):
     """Small integers, whose sums are exact in any order: as PyTorch's own argmax has it."""
-    if backend == "triton":
-        pytest.importorskip("triton")
     hidden, weight = (torch.randint(-2, 3, (m, 12)).float() for m in (60, 150))
     bias = torch.randint(-1, 2, (150,)).float()
     bias[::7] = -torch.inf
@@ -125,8 +127,6 @@ def test_it_is_the_argmax_of_logits_without_roundings(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_that_can_occur(backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
     bias = torch.full((70,), -torch.inf)
     labels = torch.tensor([0, 1, 69])
     found = is_top1(torch.randn(3, 8), torch.randn(70, 8), bias, labels, backend=backend)
@@ -144,8 +144,7 @@ def _shared(sizes, hidden, weight, bias, labels, backend):
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 def test_equal_entries_of_several_processes(processes, dtype, backend):
     """Ties go to the lowest entry of the whole vocabulary."""
-    if backend == "triton":
-        pytest.importorskip("triton")
+    of_processes(backend)
     hidden, weight, bias, entries = tied((20, 300, 96), dtype, copies=3)
     for sizes in ((100, 100, 100), (7, 250, 43)):
         for place in range(3):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from devices import device_of, of_processes
 from processes import Processes
 from test_parallel import vocabulary
 
@@ -41,7 +42,7 @@ def processes(tmp_path_factory):
 def by_definition(hidden, weight, bias, labels, upstream, logit_scale=1.0, softcap=None,
                   temperature=1.0):  # fmt: skip
     """(statistics with logps, gradients of hidden, weight and bias) in fp64."""
-    hidden, weight, bias, upstream = (t.double() for t in (hidden, weight, bias, upstream))
+    hidden, weight, bias, upstream = (t.detach().double() for t in (hidden, weight, bias, upstream))
     z, slope = (hidden @ weight.t() + bias) * logit_scale, torch.ones(())
     if softcap is not None:
         slope = 1 - torch.tanh(z / softcap) ** 2
@@ -89,9 +90,8 @@ def same(got, expected, dtype, what):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(("backend", "dtype"), CASES, ids=str)
 def test_every_statistic_and_gradient(backend, dtype, head, workspace, trained):
-    if backend == "triton":
-        pytest.importorskip("triton")
-    hidden, weight, bias, labels = make(dtype)
+    device, tensors = device_of(backend), make(dtype)
+    hidden, weight, bias, labels = (t.to(device) for t in tensors)
     upstream = torch.linspace(-1, 2, 6)
     leaves = [hidden.requires_grad_(), weight.requires_grad_(trained), bias.requires_grad_(trained)]
     out = linear_logps(
@@ -99,27 +99,25 @@ def test_every_statistic_and_gradient(backend, dtype, head, workspace, trained):
         workspace_bytes=workspace, **HEADS[head],
     )  # fmt: skip
     grads = torch.autograd.grad(
-        out.logps, leaves[: 3 if trained else 1], upstream.to(out.logps.dtype)
+        out.logps, leaves[: 3 if trained else 1], upstream.to(device, out.logps.dtype)
     )
-    with torch.no_grad():
-        expected, exact = by_definition(hidden, weight, bias, labels, upstream, **HEADS[head])
+    expected, exact = by_definition(*tensors, upstream, **HEADS[head])
     for name, value in expected.items():
-        same(getattr(out, name), value, dtype, name)
+        same(getattr(out, name).detach().cpu(), value, dtype, name)
     for name, a, b in zip(("hidden", "weight", "bias"), grads, exact, strict=False):
-        same(a, b, dtype, f"gradient of {name}")
+        same(a.cpu(), b, dtype, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_one_entry_that_can_occur(backend):
     """All others are −∞: the label is certain, or everything else is."""
-    if backend == "triton":
-        pytest.importorskip("triton")
-    bias = torch.full((3,), -torch.inf)
+    device = device_of(backend)
+    bias, weight = torch.full((3,), -torch.inf, device=device), torch.zeros(3, 1, device=device)
     bias[1] = 2.0
     for label, expected in ((1, (0.0, 0.0, 0.0, True)), (2, (-torch.inf, 0.0, 0.0, False))):
-        hidden = torch.zeros(1, 1, requires_grad=True)
+        hidden = torch.zeros(1, 1, device=device, requires_grad=True)
         out = linear_logps(
-            hidden, torch.zeros(3, 1), torch.tensor([label]), bias=bias, backend=backend,
+            hidden, weight, torch.tensor([label], device=device), bias=bias, backend=backend,
             stats=("entropy", "log_sum_sq_probs", "is_top1"),
         )  # fmt: skip
         assert (out.logps, out.entropy, out.log_sum_sq_probs, out.is_top1) == expected
@@ -131,12 +129,11 @@ def test_one_entry_that_can_occur(backend):
 @pytest.mark.parametrize(("entries", "label"), [((0, 1, 2), 1), ((1,), 1), ((1,), 0)])
 def test_no_probabilities_are_no_numbers(backend, entries, label):
     """Nothing that can occur, or a logit of +∞: NaN, as log_softmax has it, and no other number."""
-    if backend == "triton":
-        pytest.importorskip("triton")
-    bias = torch.zeros(3)
+    device = device_of(backend)
+    bias, zeros = torch.zeros(3, device=device), torch.zeros(3, 1, device=device)
     bias[list(entries)] = torch.inf if len(entries) == 1 else -torch.inf
     out = linear_logps(
-        torch.zeros(1, 1), torch.zeros(3, 1), torch.tensor([label]), bias=bias, backend=backend,
+        zeros[:1], zeros, torch.tensor([label], device=device), bias=bias, backend=backend,
         stats=("entropy", "log_sum_sq_probs"),
     )  # fmt: skip
     assert torch.log_softmax(bias, 0)[label].isnan()
@@ -171,8 +168,7 @@ def _shared(tensors, backend, workspace, trained, upstream, head):
 )
 def test_a_shared_vocabulary(processes, backend, dtype, head, workspace, trained, nothing):
     """Also where one process has nothing that can occur."""
-    if backend == "triton":
-        pytest.importorskip("triton")
+    of_processes(backend)
     hidden, weight, bias, labels = make(dtype)
     if nothing:
         bias[:104] = -torch.inf

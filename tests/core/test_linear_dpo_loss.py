@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from oracle import assert_as_accurate, eager_logps
 
 from fastdpo import objectives
@@ -479,11 +480,12 @@ def test_the_sigmoid_loss_is_right_at_any_margin(backend, margin):
     """Against 1 / (1 + e^m) and log(1 + e^(−m)), which are fp32 numbers up to a margin of 87."""
     logps = torch.tensor([-2.0, -2.0 - margin / 0.5]) if margin > 0 else None
     logps = torch.tensor([-2.0 + margin / 0.5, -2.0]) if logps is None else logps
-    logps.requires_grad_()
+    device = device_of(backend)
+    logps = logps.to(device).requires_grad_()
     loss, _, _ = sequences.sigmoid_loss(
         logps,
-        torch.tensor([1, 1]),
-        torch.tensor([-2.0, -2.0]),
+        torch.tensor([1, 1], device=device),
+        torch.tensor([-2.0, -2.0], device=device),
         beta=0.5,
         label_smoothing=0.0,
         average=False,
@@ -499,11 +501,12 @@ def test_the_sigmoid_loss_is_right_at_any_margin(backend, margin):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_an_impossible_rejected_answer_costs_nothing(backend):
-    logps = torch.tensor([-2.0, -math.inf], requires_grad=True)
+    device = device_of(backend)
+    logps = torch.tensor([-2.0, -math.inf], device=device, requires_grad=True)
     loss, _, _ = sequences.sigmoid_loss(
         logps,
-        torch.tensor([1, 1]),
-        torch.tensor([-2.0, -2.0]),
+        torch.tensor([1, 1], device=device),
+        torch.tensor([-2.0, -2.0], device=device),
         beta=0.5,
         label_smoothing=0.0,
         average=False,
@@ -512,7 +515,7 @@ def test_an_impossible_rejected_answer_costs_nothing(backend):
     )
     (grad,) = torch.autograd.grad(loss, logps)
     assert loss == 0
-    assert grad.equal(torch.zeros(2))
+    assert grad.cpu().equal(torch.zeros(2))
 
 
 def test_a_tail_of_weight_0_may_be_impossible():

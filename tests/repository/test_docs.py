@@ -168,8 +168,6 @@ def test_the_map_of_the_house_is_the_house():
         folders = [*folders[:depth], entry[2]]
         named.append("".join(folders[:-1]) + entry[2])
     assert len(named) > 30
-    if not (ROOT / "fastdpo" / "core").exists():
-        pytest.skip("runs once fastdpo/core is there: the map is of the package with it")
     missing = [path for path in named if not (ROOT / path).exists()]
     assert not missing, "CONTRIBUTING.md's map names what is not there"
 
