@@ -242,7 +242,7 @@ def linear_dpo_loss(
     )
     found = rows.find(labels, ignore_index, call.vocab_size(head), row_index)
     reference = step.Reference(ref_logps, per_token, ref_hidden, ref_head)
-    output, tokens, _ = step.linear_loss(hidden, head, found, reference, call, loss)
+    output, tokens = step.linear_loss(hidden, head, found, reference, call, loss)
     if not call.stats:
         return output
     return LinearDPOStats(*output, step.at_labels(tokens, found, detach=True))

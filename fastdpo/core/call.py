@@ -66,3 +66,8 @@ class LossCall:
     pairs: str = "concatenated"  # among `objectives.PAIRS`
     cu_seqlens: Tensor | None = None  # [S + 1], of a packed batch
     sequence_parallel: SequenceParallel | None = None
+
+    def stats(self, asked: tuple[str, ...]) -> tuple[str, ...]:
+        """What is asked for about the tokens, and what the objective reads beside it."""
+        beside = self.objective.wpo and "log_sum_sq_probs" not in asked
+        return (*asked, "log_sum_sq_probs") if beside else asked

@@ -269,13 +269,17 @@ def vocab_parallel(value: VocabParallel | None, head: Head) -> VocabParallel | N
     return value
 
 
+def shares_sequences(value: SequenceParallel | None) -> SequenceParallel | None:
+    if value is not None and not isinstance(value, SequenceParallel):
+        fail("sequence_parallel", "a fastdpo.parallel.SequenceParallel", type(value).__name__)
+    return value
+
+
 def sequence_parallel(
     value: SequenceParallel | None, resolved: ResolvedObjective
 ) -> SequenceParallel | None:
-    if value is None:
+    if shares_sequences(value) is None:
         return None
-    if not isinstance(value, SequenceParallel):
-        fail("sequence_parallel", "a fastdpo.parallel.SequenceParallel", type(value).__name__)
     for name, given in (
         ("ld_alpha", resolved.ld_alpha is not None),
         ("use_weighting", resolved.wpo),

@@ -53,12 +53,30 @@ class Rows:
     def at_labels(self, values: Tensor) -> Tensor:  # [N] -> shaped like the labels
         return self.scatter(values).view(self.shape)
 
+    def padded(self) -> Rows:
+        """The same, deferred: no shape depends on how many there are, so that a compiled graph
+        which takes them is compiled once.
+        """
+        if self.deferred:
+            return self
+        labels = self.at_labels(self.labels)
+        index = labels.new_zeros(self.shape.numel(), dtype=torch.int64)
+        if self.index is not None:
+            index[: len(self.index)] = self.index
+        count = torch.tensor(len(self.labels), device="cpu")
+        return dataclasses.replace(self, labels=labels.flatten(), index=index, count=count)
+
     def to(self, device: torch.device) -> Rows:
         if self.labels.device == device:
             return self
         index, carries = (None if t is None else t.to(device) for t in (self.index, self.carries))
         labels = self.labels.to(device)
         return dataclasses.replace(self, labels=labels, index=index, carries=carries)
+
+    def lengths(self) -> Tensor:  # [S]
+        """How many positions of each sequence carry loss."""
+        assert self.carries is not None
+        return self.carries.sum(-1)
 
     def segments(
         self,

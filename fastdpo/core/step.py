@@ -54,6 +54,9 @@ class Reference:
             call = dataclasses.replace(call, stats=(), compute_dtype=own)
             with torch.no_grad():
                 return token_logps(self.hidden, self.head, found, call).logps
+        return self.known_tokens(found, dtype)
+
+    def known_tokens(self, found: Rows, dtype: torch.dtype) -> Tensor | None:  # [N]
         if self.logps is None or not self.per_token:
             return None
         return found.gather(self.logps.detach().flatten()).to(dtype)
@@ -62,7 +65,6 @@ class Reference:
 class Step(NamedTuple):
     output: LinearDPOOutput
     tokens: LinearLogps  # [N] each, differentiable
-    segments: Segments
 
 
 def token_logps(hidden: Tensor, head: Head, found: Rows, call: Call) -> LinearLogps:
@@ -88,16 +90,26 @@ def linear_loss(
     loss: LossCall,
 ) -> Step:
     """Hidden states and a head to the loss."""
-    # What the objective reads, and the caller did not ask for.
-    beside = loss.objective.wpo and "log_sum_sq_probs" not in call.stats
-    stats = (*call.stats, "log_sum_sq_probs") if beside else call.stats
-    tokens = token_logps(hidden, head, found, dataclasses.replace(call, stats=stats))
+    asked = loss.stats(call.stats)
+    tokens = token_logps(hidden, head, found, dataclasses.replace(call, stats=asked))
     ref_tokens = reference.tokens(found, call, tokens.logps.dtype)
-    segments = found.segments(loss.cu_seqlens)
-    output = _sequence_loss(tokens, ref_tokens, reference.logps, segments, loss, call.backend)
-    if beside:
+    output = tokens_loss(tokens, found, ref_tokens, reference.logps, loss, call.backend)
+    if asked != call.stats:
         tokens = tokens._replace(log_sum_sq_probs=None)
-    return Step(output, tokens, segments)
+    return Step(output, tokens)
+
+
+def tokens_loss(
+    tokens: LinearLogps,  # [N] each, with `loss.stats`
+    found: Rows,
+    ref_tokens: Tensor | None,  # [N]
+    ref_logps: Tensor | None,  # [S], where ref_tokens is None
+    loss: LossCall,
+    backend: str | None,
+) -> LinearDPOOutput:
+    """Log-probabilities of the rows that carry loss to the loss."""
+    segments = found.segments(loss.cu_seqlens)
+    return _sequence_loss(tokens, ref_tokens, ref_logps, segments, loss, backend)
 
 
 def logits_loss(

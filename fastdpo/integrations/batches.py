@@ -25,19 +25,55 @@ def reference_keys(resolved: ResolvedObjective) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """What is common to all batches."""
+
+    input_ids: Tensor  # [S, T]
+    shifted: Tensor  # [S, T] the label of each position's prediction; -100 carries no loss
+    labels: Tensor | None  # [S, T] same positions as input_ids; None where they came shifted
+    attention_mask: Tensor | None  # [S, T]
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tokens:
+        """
+        Raises:
+            ValueError: a shape does not fit, or there are not labels of one of the kinds.
+        """
+        given = {"labels": labels, "shift_labels": shift_labels}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) != 1:
+            raise ValueError(
+                f"labels should be given, or shift_labels, got {'both' if names else 'neither'}"
+            )
+        _check_shapes(input_ids, {**given, "attention_mask": attention_mask})
+        if labels is not None:
+            return cls(input_ids, shifted_labels(labels), labels, attention_mask)
+        assert shift_labels is not None
+        return cls(input_ids, shift_labels, None, attention_mask)
+
+    def at_tokens(self, values: Tensor) -> Tensor:  # [S, T] -> [S, T]
+        """From the positions that predict to those that are predicted, where labels came so."""
+        return values if self.labels is None else unshift(values)
+
+
+@dataclass(frozen=True)
 class PreferenceBatch:
     """S sequences, in the order of the objective's layout (`fastdpo.objectives.layouts`): of pairs
     the chosen ones first, of rankings the best ones."""
 
-    input_ids: Tensor  # [S, T]
-    labels: Tensor  # [S, T] same positions as input_ids; -100 carries no loss
-    attention_mask: Tensor | None  # [S, T]
+    tokens: Tokens
     ref_logps: Tensor | None  # [S] the reference's, computed beforehand
     row_index: Tensor | None  # [N] positions among the S·T that predict a token with loss
     model_kwargs: dict[str, Any]  # everything else: pixel_values, position_ids, ...
 
 
-def shift_labels(labels: Tensor) -> Tensor:  # [S, T] -> [S, T]
+def shifted_labels(labels: Tensor) -> Tensor:  # [S, T] -> [S, T]
     """The label of each position's prediction: the next position's label, and none at the end."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, : labels.shape[1]]
 
@@ -48,24 +84,39 @@ def unshift(values: Tensor) -> Tensor:  # [S, T] -> [S, T]
     return F.pad(values[:, :-1], (1, 0))[:, : values.shape[1]]
 
 
-def check_sequences(
-    input_ids: Tensor,  # [S, T]
-    labels: Tensor,  # [S, T]
-    attention_mask: Tensor | None,  # [S, T]
-    name: str = "labels",
-) -> None:
+def _check_shapes(input_ids: Tensor, others: Mapping[str, Tensor | None]) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         shape = getattr(input_ids, "shape", type(input_ids).__name__)
         raise ValueError(f"input_ids should be a tensor of shape [S, T], got {shape}")
-    for argument, value in ((name, labels), ("attention_mask", attention_mask)):
+    for name, value in others.items():
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.shape != input_ids.shape:
             shape = getattr(value, "shape", type(value).__name__)
             raise ValueError(
-                f"{argument} should have the shape of input_ids, {tuple(input_ids.shape)}, "
-                f"got {shape}"
+                f"{name} should have the shape of input_ids, {tuple(input_ids.shape)}, got {shape}"
             )
+
+
+def check_shared(shared: object, tokens: Tokens, model_kwargs: Mapping[str, Any]) -> None:
+    """Sequences that several processes share: what a process cannot know of its part is to be
+    given.
+
+    Raises:
+        ValueError: there is something missing.
+    """
+    if shared is None:
+        return
+    if tokens.labels is not None:
+        raise ValueError(
+            "labels should be given as shift_labels with sequence_parallel, shifted before the "
+            "sequences were cut: the label of a part's last position is in another process's part"
+        )
+    if model_kwargs.get("position_ids") is None:
+        raise ValueError(
+            "position_ids should be given with sequence_parallel: a model counts the positions of "
+            "each part from 0"
+        )
 
 
 def preference_batch(batch: Mapping[str, Any], resolved: ResolvedObjective) -> PreferenceBatch:
@@ -75,8 +126,8 @@ def preference_batch(batch: Mapping[str, Any], resolved: ResolvedObjective) -> P
         ValueError: naming the key that is missing, superfluous or of the wrong shape.
     """
     rest = dict(batch)
-    input_ids, labels, attention_mask = _take_tokens(rest)
-    count = input_ids.shape[0]
+    tokens = _take_tokens(rest)
+    count = tokens.input_ids.shape[0]
     checks.sequence_count(count, resolved, None, name="batch['input_ids']")
     row_index = rest.pop("row_index", None)
     keys = reference_keys(resolved)
@@ -84,7 +135,7 @@ def preference_batch(batch: Mapping[str, Any], resolved: ResolvedObjective) -> P
     for key in rest:  # the models' forward would take it without a word
         if key.startswith(("ref_", "reference_")) or "logps" in key:
             raise ValueError(f"batch should have its reference under {list(keys)}, got {key!r}")
-    return PreferenceBatch(input_ids, labels, attention_mask, reference, row_index, rest)
+    return PreferenceBatch(tokens, reference, row_index, rest)
 
 
 def with_row_index(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,30 +147,29 @@ def with_row_index(batch: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the key that is missing or of the wrong shape.
     """
-    _, labels, _ = _take_tokens(dict(batch))
-    labels = shift_labels(labels)
-    row_index = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+    shifted = _take_tokens(dict(batch)).shifted
+    row_index = (shifted.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
     return {**batch, "row_index": row_index}
 
 
-def _take_tokens(rest: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:  # each [S, T]
-    """input_ids, labels and attention_mask, taken out of `rest`."""
+def _take_tokens(rest: dict[str, Any]) -> Tokens:
+    """The tokens, taken out of `rest`."""
     if "input_ids" not in rest:
         raise ValueError(f"batch should have the key 'input_ids', got {sorted(rest)}")
     input_ids, attention_mask = rest.pop("input_ids"), rest.pop("attention_mask", None)
-    given = [key for key in ("labels", "completion_mask") if rest.get(key) is not None]
+    keys = ("labels", "completion_mask", "shift_labels")
+    values = {key: rest.pop(key, None) for key in keys}
+    given = [key for key in keys if values[key] is not None]
     if len(given) != 1:
         raise ValueError(
-            "batch should have one of the keys 'labels' and 'completion_mask', "
-            f"got {given or 'neither'}"
+            "batch should have one of the keys 'labels', 'completion_mask' and 'shift_labels', "
+            f"got {given or 'none'}"
         )
-    labels, completion_mask = rest.pop("labels", None), rest.pop("completion_mask", None)
-    check_sequences(
-        input_ids, labels if completion_mask is None else completion_mask, attention_mask, given[0]
-    )
+    labels, completion_mask, shift_labels = values.values()
     if completion_mask is not None:
+        _check_shapes(input_ids, {"completion_mask": completion_mask})
         labels = torch.where(completion_mask.bool(), input_ids, IGNORE_INDEX)
-    return input_ids, labels, attention_mask
+    return Tokens.of(input_ids, labels, shift_labels, attention_mask)
 
 
 def _take_reference(rest: dict[str, Any], keys: tuple[str, ...], count: int) -> Tensor | None:

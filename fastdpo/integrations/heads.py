@@ -13,17 +13,125 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.contract import Head
 from ..distributed.vocabulary import VocabParallel
-from .families import head_rule
+from .families import HeadRule, head_rule
 from .quantized import check_readable, dequantized
-from .tensor_parallel import local_rows, spread_of
-from .unwrap import UnsupportedModel, causal_lm, output_head, uncompiled
+from .tensor_parallel import is_fully_sharded, local_rows, spread_of
+from .unwrap import UnsupportedModel, bare, causal_lm, output_head
+
+
+@dataclass(frozen=True)
+class HeadReader:
+    """What can be known of a head before it is called. Its parameters are read while it is, when
+    whatever shards them has gathered them.
+    """
+
+    lm: nn.Module  # unwrapped
+    layers: tuple[Any, ...]  # the head and what it wraps, down to the layer that multiplies
+    rule: HeadRule
+    adapters: tuple[Adapter, ...]  # LoRA on the head
+    disabled: bool  # the adapters, not the head
+
+    @classmethod
+    def of(cls, lm: Any) -> HeadReader:
+        """
+        Raises:
+            UnsupportedModel: the head's arithmetic is not known, or it is quantized in a way that
+                cannot be read.
+        """
+        layers = tuple(_layers(output_head(lm)))
+        module = layers[-1]
+        disabled = _is_lora(module) and bool(module.disable_adapters)
+        reader = cls(lm, layers, head_rule(lm), tuple(_adapters(module)), disabled)
+        weight = getattr(reader.base, "weight", None)  # FSDP1 may have taken it away
+        if weight is not None:
+            check_readable(local_rows(weight))
+        return reader
+
+    @property
+    def base(self) -> Any:
+        """The linear layer."""
+        module = self.layers[-1]
+        return module.base_layer if _is_lora(module) else module
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the whole vocabulary, also where nobody has all of its rows."""
+        base = self.base
+        weight = getattr(base, "weight", None)
+        gone = weight is None or weight.dim() != 2 or weight.numel() == 0
+        size = base.out_features if gone else weight.shape[0]  # type: ignore[union-attr]
+        return size if self.rule.vocab_size is None else min(size, self.rule.vocab_size)
+
+    def vocab_parallel(self) -> VocabParallel | None:
+        """How tensor parallelism spreads the head; None where it does not.
+
+        Raises:
+            UnsupportedModel: it is sharded in another way, or changed by what needs all of it.
+        """
+        spread = spread_of(self.lm, self.base.weight)
+        if spread is not None and (self.adapters or self.rule.vocab_size is not None):
+            what = "LoRA on the head" if self.adapters else "a padded vocabulary that is cut off"
+            raise UnsupportedModel(f"model: {what} is not supported under tensor parallelism")
+        return spread
+
+    def read(self) -> Head:
+        """The head without its adapters, and before its padding is cut off."""
+        base = self.base
+        spread_of(self.lm, base.weight)  # refuses what is sharded in another way
+        weight = dequantized(local_rows(base.weight))
+        _check_weight(weight)
+        return Head(weight, local_rows(base.bias), scale=self.rule.scale, softcap=self.rule.softcap)
+
+    def cut(self, head: Head) -> Head:
+        size = self.rule.vocab_size
+        return head if size is None else head.columns(0, min(size, head.vocab_size))
+
+    def bind(
+        self,
+        hidden: Tensor,  # [..., D]
+        *,
+        with_dropout: bool = True,
+    ) -> tuple[Tensor, Head]:  # [..., D + r]
+        """The head together with the hidden states that it multiplies.
+
+        Without autocast they come in the weight's dtype: a layer inside an adapter may have a hook
+        that casts its input, and could not be multiplied otherwise.
+        """
+        head = self.read()
+        # Models split over several devices keep the head on the last one.
+        hidden = hidden.to(head.weight.device)
+        autocast = torch.is_autocast_enabled(hidden.device.type)
+        dtype = hidden.dtype if autocast else head.weight.dtype
+        hiddens, weights, bias = [hidden.to(dtype)], [head.weight], head.bias
+        for a in self.adapters:
+            if self.disabled:
+                hiddens.append(hiddens[0].new_zeros(*hidden.shape[:-1], a.lora_a.weight.shape[0]))
+                weights.append(head.weight.new_zeros(a.lora_b.weight.shape))
+                continue
+            taken = hidden.to(a.lora_a.weight.dtype)
+            projected = a.lora_a(a.dropout(taken) if with_dropout else taken) * a.scaling
+            hiddens.append(projected.to(dtype))  # [..., r]
+            weights.append(a.lora_b.weight.to(head.weight.dtype))
+            bias = _plus_bias(bias, a)
+        if len(weights) == 1:
+            return hiddens[0], self.cut(head)
+        head = dataclasses.replace(head, weight=torch.cat(weights, -1), bias=bias)
+        return torch.cat(hiddens, -1), self.cut(head)
+
+
+class Adapter(NamedTuple):
+    lora_a: nn.Linear
+    lora_b: nn.Linear
+    scaling: float
+    dropout: nn.Module
 
 
 def read_head(model: nn.Module) -> Head:
@@ -31,76 +139,28 @@ def read_head(model: nn.Module) -> Head:
 
     It maps the input of the model's lm_head to the model's own logits. For almost every family that
     input is the backbone's last hidden state; see `hidden_scale` for the one that scales it on the
-    way. LoRA adapters on the head are added to its weight (`bind_head` keeps them apart). Of a
-    head under tensor parallelism these are this process's rows (`vocab_parallel`).
+    way. LoRA adapters on the head are added to its weight (`HeadReader.bind` keeps them apart). Of
+    a head under tensor parallelism these are this process's rows (`vocab_parallel`).
 
     Args:
-        model: a causal language model of transformers, bare or inside DistributedDataParallel,
-            torch.compile or PEFT.
+        model: a causal language model of transformers, bare or inside its wrappers (PEFT,
+            DistributedDataParallel, torch.compile).
 
     Raises:
         UnsupportedModel: the head is sharded, quantized, offloaded, or a module whose arithmetic is
             not known.
     """
-    lm = causal_lm(model)
-    module = _resolve(output_head(lm))
-    head = _described(lm, module)
-    adapters = [] if _is_lora(module) and module.disable_adapters else _adapters(module)
-    for lora_a, lora_b, scaling, _ in adapters:
-        delta = torch.mm(lora_b.weight, lora_a.weight) * scaling  # [V, D]
+    reader = HeadReader.of(causal_lm(model))
+    _refuse_gathered(reader)
+    head = reader.read()
+    for adapter in () if reader.disabled else reader.adapters:
+        delta = torch.mm(adapter.lora_b.weight, adapter.lora_a.weight) * adapter.scaling  # [V, D]
         head = dataclasses.replace(
             head,
             weight=head.weight + delta.to(head.weight.dtype),
-            bias=_plus_bias(head.bias, lora_b, scaling),
+            bias=_plus_bias(head.bias, adapter),
         )
-    return _cut(lm, head)
-
-
-def bind_head(
-    lm: nn.Module,
-    hidden: Tensor,  # [..., D]
-    *,
-    with_dropout: bool = True,
-    autocast: bool = False,
-) -> tuple[Tensor, Head]:  # [..., D + r]
-    """The head of an unwrapped model together with the hidden states that it multiplies.
-
-    Without autocast they come in the weight's dtype: a layer inside an adapter may have a hook that
-    casts its input, and could not be multiplied otherwise.
-    """
-    module = _resolve(output_head(lm))
-    head = _described(lm, module)
-    # Models split over several devices keep the head on the last one.
-    hidden = hidden.to(head.weight.device)
-    dtype = hidden.dtype if autocast else head.weight.dtype
-    hiddens, weights, bias = [hidden.to(dtype)], [head.weight], head.bias
-    disabled = _is_lora(module) and module.disable_adapters
-    for lora_a, lora_b, scaling, dropout in _adapters(module):
-        if disabled:
-            hiddens.append(hiddens[0].new_zeros(*hidden.shape[:-1], lora_a.weight.shape[0]))
-            weights.append(head.weight.new_zeros(lora_b.weight.shape))
-            continue
-        taken = hidden.to(lora_a.weight.dtype)
-        projected = lora_a(dropout(taken) if with_dropout else taken) * scaling  # [..., r]
-        hiddens.append(projected.to(dtype))
-        weights.append(lora_b.weight.to(head.weight.dtype))
-        bias = _plus_bias(bias, lora_b, scaling)
-    if len(weights) == 1:
-        return hiddens[0], _cut(lm, head)
-    head = dataclasses.replace(head, weight=torch.cat(weights, -1), bias=bias)
-    return torch.cat(hiddens, -1), _cut(lm, head)
-
-
-def multiplier(head: nn.Module) -> nn.Module:
-    """The module inside `head` whose forward gets the hidden states and returns logits, after every
-    wrapper around it.
-
-    Raises:
-        UnsupportedModel: its arithmetic is not known.
-    """
-    module = _resolve(head)
-    check_readable(local_rows(_base(module).weight))
-    return module
+    return reader.cut(head)
 
 
 def vocab_parallel(model: nn.Module) -> VocabParallel | None:
@@ -110,13 +170,9 @@ def vocab_parallel(model: nn.Module) -> VocabParallel | None:
     Raises:
         UnsupportedModel: the head is sharded in another way, or changed by what needs all of it.
     """
-    lm = causal_lm(model)
-    module = _resolve(output_head(lm))
-    spread = spread_of(lm, _base(module).weight)
-    if spread is not None and (_is_lora(module) or head_rule(lm).vocab_size is not None):
-        what = "LoRA on the head" if _is_lora(module) else "a padded vocabulary that is cut off"
-        raise UnsupportedModel(f"model: {what} is not supported under tensor parallelism")
-    return spread
+    reader = HeadReader.of(causal_lm(model))
+    _refuse_gathered(reader)
+    return reader.vocab_parallel()
 
 
 def hidden_scale(model: nn.Module) -> float:
@@ -124,50 +180,46 @@ def hidden_scale(model: nn.Module) -> float:
     return head_rule(causal_lm(model)).hidden_scale
 
 
-def _described(lm: nn.Module, module: Any) -> Head:
-    base = _base(module)
-    spread_of(lm, base.weight)  # refuses what is sharded in another way
-    check_readable(local_rows(base.weight))
-    weight = dequantized(local_rows(base.weight))
-    _check_weight(weight)
-    rule = head_rule(lm)
-    return Head(weight, local_rows(base.bias), scale=rule.scale, softcap=rule.softcap)
+def _refuse_gathered(reader: HeadReader) -> None:
+    """Parameters that only a forward gathers."""
+    weight = getattr(reader.base, "weight", None)
+    sharded = hasattr(weight, "device_mesh") and is_fully_sharded(reader.lm, *reader.layers)
+    if weight is None or weight.numel() == 0 or sharded:
+        kind = "gone" if weight is None else f"a {type(weight).__name__} {tuple(weight.shape)}"
+        raise UnsupportedModel(
+            f"model: the lm_head's weight is sharded ({kind}: FSDP, ZeRO-3) and is gathered only "
+            "while the head is called: use dpo_loss or sequence_logps, or "
+            "fastdpo.distributed.call_head"
+        )
 
 
-def _base(module: Any) -> Any:
-    return module.base_layer if _is_lora(module) else module
+def _layers(module: Any) -> Iterator[Any]:
+    """The head, what it wraps, and so on, down to the plain linear layer or PEFT's LoRA on one."""
+    yield module
+    if (inner := bare(module)) is not module:
+        yield from _layers(inner)
+    elif _is_linear(module) or (_is_lora(module) and _is_linear(module.base_layer)):
+        return
+    elif _is_of("peft", module):
+        yield from _layers(_active(module))
+    else:
+        _refuse_bitsandbytes(module)
+        # An own forward cannot be trusted to be linear, not even after a successful probe: what an
+        # adapter does may still be zero.
+        raise UnsupportedModel(
+            f"model: its output head is a {type(module).__name__}, whose arithmetic fastdpo does "
+            "not know (expected torch.nn.Linear, or PEFT's LoRA or modules_to_save around one)"
+        )
 
 
-def _cut(lm: nn.Module, head: Head) -> Head:
-    size = head_rule(lm).vocab_size
-    return head if size is None else head.columns(0, min(size, head.vocab_size))
-
-
-def _resolve(module: nn.Module) -> Any:
-    """The plain linear layer, or PEFT's LoRA around one, that `module` is or stands for."""
-    module = uncompiled(module)
-    if _is_linear(module):
-        return module
-    if type(module).__module__.startswith("peft."):
-        return _resolve_peft(module)
-    _refuse_bitsandbytes(module)
-    # An own forward cannot be trusted to be linear, not even after a successful probe: what an
-    # adapter does may still be zero.
-    raise UnsupportedModel(
-        f"model: its output head is a {type(module).__name__}, whose arithmetic fastdpo does not "
-        "know (expected torch.nn.Linear, or PEFT's LoRA or modules_to_save around one)"
-    )
-
-
-def _resolve_peft(module: Any) -> Any:
+def _active(module: Any) -> nn.Module:
+    """What PEFT's modules_to_save calls."""
     from peft.utils.other import ModulesToSaveWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
         if module.disable_adapters or not module.active_adapters:
-            return _resolve(module.original_module)
-        return _resolve(module.modules_to_save[module.active_adapters[0]])
-    if _is_lora(module) and _is_linear(module.base_layer):
-        return module
+            return module.original_module
+        return module.modules_to_save[module.active_adapters[0]]
     _refuse_bitsandbytes(getattr(module, "base_layer", module))
     raise UnsupportedModel(
         f"model: its output head is wrapped in PEFT's {type(module).__name__}; on the head fastdpo "
@@ -176,7 +228,7 @@ def _resolve_peft(module: Any) -> Any:
 
 
 def _refuse_bitsandbytes(module: nn.Module) -> None:
-    if any(cls.__module__.startswith("bitsandbytes.") for cls in type(module).__mro__):
+    if _is_of("bitsandbytes", module):
         raise UnsupportedModel(
             "model: its output head is quantized by bitsandbytes (a "
             f"{type(module).__name__}), which fastdpo does not read: keep the head unquantized, "
@@ -184,8 +236,8 @@ def _refuse_bitsandbytes(module: nn.Module) -> None:
         )
 
 
-def _adapters(module: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float, nn.Module]]:
-    """A, B, scaling and dropout of every active LoRA adapter on the head, disabled or not."""
+def _adapters(module: Any) -> Iterator[Adapter]:
+    """Of every active LoRA adapter on the head, disabled or not."""
     if not _is_lora(module) or module.merged:
         return
     for name in module.active_adapters:
@@ -196,7 +248,7 @@ def _adapters(module: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float, nn.Mod
                 f"model: adapter {name!r} puts a LoRA variant on the output head; plain LoRA is "
                 "supported there"
             )
-        yield (
+        yield Adapter(
             module.lora_A[name],
             module.lora_B[name],
             module.scaling[name],
@@ -206,12 +258,11 @@ def _adapters(module: Any) -> Iterator[tuple[nn.Linear, nn.Linear, float, nn.Mod
 
 def _plus_bias(
     bias: Tensor | None,  # [V]
-    lora_b: nn.Linear,
-    scaling: float,
+    adapter: Adapter,
 ) -> Tensor | None:  # [V]
-    if lora_b.bias is None:
+    if adapter.lora_b.bias is None:
         return bias
-    extra = lora_b.bias * scaling
+    extra = adapter.lora_b.bias * adapter.scaling
     return extra if bias is None else bias + extra.to(bias.dtype)
 
 
@@ -220,11 +271,16 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_lora(module: nn.Module) -> bool:
-    if not type(module).__module__.startswith("peft."):
+    if not _is_of("peft", module):
         return False
     from peft.tuners.lora.layer import Linear as LoraLinear
 
     return isinstance(module, LoraLinear)
+
+
+def _is_of(package: str, module: nn.Module) -> bool:
+    # fully_shard puts a class of its own before the module's.
+    return any(cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
 
 
 def _check_weight(weight: Tensor) -> None:

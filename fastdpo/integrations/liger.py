@@ -119,9 +119,10 @@ class FusedLinearDPOLoss(torch.nn.Module):
         if self._zero_reference:
             reference = step.Reference(logps=_input.new_zeros(labels.shape[0]))
         loss_call = LossCall(resolved, self.average_log_prob)
-        output, tokens, segments = step.linear_loss(_input, head, found, reference, call, loss_call)
+        output, tokens = step.linear_loss(_input, head, found, reference, call, loss_call)
         loss, nll = output.loss, output.loss.new_zeros(())
         if self.compute_nll_loss:
+            segments = found.segments(None)
             sums = sequences.sequence_sums(tokens.logps, segments.rows)
             nll = step.chosen_nll(sums, segments, loss_call.pairs)
             loss = loss + self.alpha * nll

@@ -9,13 +9,15 @@ outcome has to be ours.
 
 from __future__ import annotations
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.torch import logits_of
-from .heads import bind_head
+from ..distributed.vocabulary import VocabParallel
+from .heads import HeadReader
 from .subject import Subject
 from .unwrap import UnsupportedModel
 
@@ -54,38 +56,54 @@ def probe_rows(hidden: Tensor) -> Tensor:
     return torch.cat([rows * scale for scale in SCALES]).unsqueeze(0)
 
 
+class Probed(NamedTuple):
+    """What our reading of the head makes of the probe's rows: computed while the head is called."""
+
+    logits: Tensor  # [K, V] this process's part of the vocabulary
+    finite: Tensor  # [K] bool: rows that did not overflow
+    sixteen_bit: bool
+    spread: VocabParallel | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, reader: HeadReader, rows: Tensor, spread: VocabParallel | None) -> Probed:
+        bound, head = reader.bind(rows[0], with_dropout=False)
+        logits = torch.empty(bound.shape[0], head.vocab_size, device=bound.device)
+        for start in range(0, head.vocab_size, _COLUMNS):
+            columns = head.columns(start, min(start + _COLUMNS, head.vocab_size))
+            part = logits_of(bound.to(columns.weight.dtype), columns)
+            logits[:, start : start + _COLUMNS] = part
+        sixteen_bit = torch.is_autocast_enabled(rows.device.type) or rows.element_size() == 2
+        return cls(logits, bound.isfinite().all(-1), sixteen_bit, spread)
+
+
 @torch.no_grad()
 def verify(
     head_module: nn.Module,
     lm: nn.Module,
-    rows: Tensor,  # [1, K, D] what `probe_rows` chose
+    probed: Probed,
     logits: Tensor,  # [1, K, V] the model's own
     subject: Subject,
-    autocast_dtype: torch.dtype | None,  # at the head
 ) -> None:
     """Compares and remembers.
 
     Raises:
         UnsupportedModel: the logits differ.
     """
-    sixteen_bit = autocast_dtype is not None or rows.element_size() == 2
-    rows, head = bind_head(lm, rows[0], with_dropout=False, autocast=autocast_dtype is not None)
-    logits = logits[0].to(head.weight.device)
+    ours, spread = probed.logits, probed.spread
+    if spread is not None:  # every process has all logits, and answers for its own
+        logits = logits[..., spread.start :][..., : spread.sizes[spread.rank]]
+    logits = logits[0].to(ours.device)
     name = type(lm).__name__
-    if logits.shape != (rows.shape[0], head.vocab_size):
+    if logits.shape != ours.shape:
         raise UnsupportedModel(
             f"model: {name} returns logits of shape {tuple(logits.shape)} where its head has "
-            f"{head.vocab_size} entries; {_advice(name)}"
+            f"{ours.shape[1]} entries; {_advice(name)}"
         )
-    limit = (TOLERANCE_16_BIT if sixteen_bit else TOLERANCE) * logits.abs().amax(-1)  # [K]
+    limit = (TOLERANCE_16_BIT if probed.sixteen_bit else TOLERANCE) * logits.abs().amax(-1)  # [K]
     # Overflow in 16 bits says nothing about the family.
-    comparable = limit.isfinite() & rows.isfinite().all(-1)
-    worst = torch.zeros_like(limit, dtype=torch.float32)
-    for start in range(0, head.vocab_size, _COLUMNS):
-        columns = head.columns(start, min(start + _COLUMNS, head.vocab_size))
-        ours = logits_of(rows.to(columns.weight.dtype), columns)
-        difference = (ours - logits[:, start : start + _COLUMNS]).abs().amax(-1)
-        worst = torch.maximum(worst, difference.float())
+    comparable = limit.isfinite() & probed.finite
+    worst = (ours - logits).abs().amax(-1)
     wrong = comparable & ~(worst <= limit)
     if wrong.any():
         row = int(torch.where(wrong, worst, -1.0).argmax())

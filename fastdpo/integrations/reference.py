@@ -1,4 +1,5 @@
-"""The reference pass of a model that is its own reference: no dropout, and another adapter or none.
+"""The reference pass: no gradient and no dropout, and of a model that is its own reference another
+adapter or none.
 
 Everything that is changed for it is put back, module by module and parameter by parameter: PEFT's
 `set_adapter` and the end of its `disable_adapter` set `requires_grad` as they think fit.
@@ -6,14 +7,57 @@ Everything that is changed for it is put back, module by module and parameter by
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from .unwrap import peft_model
 
 REF_ADAPTER = "ref"  # the name that TRL gives to the frozen copy of an adapter
 BASE = "__base__"  # PEFT's name for no adapter at all
+
+
+@contextmanager
+def as_reference(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    ref_adapter: str | None,
+    keys: Sequence[str],  # under which a batch could have had the reference
+) -> Iterator[nn.Module]:
+    """The model that is the reference, in the state in which it is.
+
+    Raises:
+        ValueError: there is none, or ref_adapter is not one that could be.
+    """
+    reference = model if ref_model is None else ref_model
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if ref_model is None:
+            peft = peft_model(model)
+            name = reference_adapter(peft, ref_adapter)
+            if peft is None:
+                raise ValueError(
+                    "ref_model should be given: the model is no PEFT model whose adapter could be "
+                    f"disabled, and the batch has no {' and '.join(keys)} (or pass "
+                    "reference_free=True)"
+                )
+            stack.enter_context(with_adapter(peft, name))
+        stack.enter_context(without_dropout(reference))
+        yield reference
+        if ref_model is not None:
+            _reshard(ref_model)
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 keeps what it has gathered of the root until a backward, which a reference never has:
+    a head's memory, and more.
+    """
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 @contextmanager

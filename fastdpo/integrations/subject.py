@@ -99,8 +99,9 @@ def _scalars(holder: Any, kinds: tuple[type, ...]) -> tuple[tuple[str, Any], ...
 
 def _tensors(holder: nn.Module) -> tuple[Any, ...]:
     """A holder's own parameters and buffers (a trained scale of the logits) by their contents, for
-    which their versions stand."""
-    own = (*holder.parameters(recurse=False), *holder.buffers(recurse=False))
+    which their versions stand. Not FSDP1's, which are all of the model's in one."""
+    named = (*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False))
+    own = (tensor for name, tensor in named if name != "_flat_param")
     return tuple((WeakIdRef(t), None if t.is_inference() else t._version) for t in own)
 
 

@@ -1,8 +1,8 @@
 """A head that tensor parallelism has spread over processes (`from_pretrained(tp_plan="auto")`).
 
 Its weight is then a DTensor, sharded by rows over the tensor-parallel mesh, and its input is the
-same on every process: what `fastdpo.parallel.VocabParallel` describes. Every other DTensor is
-refused (fully_shard's rows belong to processes with data of their own).
+same on every process: what `fastdpo.parallel.VocabParallel` describes. While the head is called
+nothing else makes a DTensor of its weight: fully_shard has gathered its own by then.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ def spread_of(
     placements = tuple(weight.placements)  # type: ignore[attr-defined]
     by_rows = len(placements) == 1 and placements[0].is_shard(0)
     names = mesh.mesh_dim_names in (None, ("tp",))
-    if not (by_rows and names and _tensor_parallel(lm, mesh.size())):
+    if not (by_rows and names and getattr(lm, "tp_size", None) == mesh.size()):
         raise UnsupportedModel(
             f"model: the lm_head's weight is a DTensor, placed {placements} on {mesh}, and not by "
-            "transformers' tensor parallelism: unshard it (fully_shard), or pass hidden states and "
-            "the weight to fastdpo.loss"
+            "transformers' tensor parallelism: pass hidden states and the weight to fastdpo.loss"
         )
     vocab, share = weight.shape[0], -(-weight.shape[0] // mesh.size())
     sizes = [min(share, vocab - start) for start in range(0, vocab, share)]  # as DTensor does
@@ -51,7 +50,18 @@ def spread_of(
     return VocabParallel.of(sizes, mesh.get_group())
 
 
-def _tensor_parallel(lm: nn.Module, size: int) -> bool:
+def spread_by_hooks(
+    lm: nn.Module,  # a model of transformers
+    layer: nn.Module,  # its head
+) -> bool:
+    """Whether the head's input is spread by hooks on it (transformers before 5.24), and not by the
+    forward that it was given.
+    """
+    spread = hasattr(getattr(layer, "weight", None), "device_mesh")
+    return spread and (getattr(lm, "tp_size", None) or 1) > 1 and "forward" not in vars(layer)
+
+
+def is_fully_sharded(*modules: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
-    return getattr(lm, "tp_size", None) == size and not isinstance(lm, FSDPModule)
+    return any(isinstance(module, FSDPModule) for module in modules)

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from ..core import checks
 from ..core.autograd import is_traced
 from ..core.rows import Rows
-from ..loss import LinearLogps
-from .batches import IGNORE_INDEX, shift_labels
-from .capture import capture, examine
-from .hf import captured_logps, find_rows
+from .batches import IGNORE_INDEX, shifted_labels
+from .forward import AUX_LOSS, answered_inside, examine
 from .reference import without_dropout
+from .tokens import TokenOptions, find_rows, logps_of, token_answer
 from .unwrap import UnsupportedModel, causal_lm, peft_model
 
 __all__ = ["use_fastdpo"]
@@ -70,20 +69,18 @@ def use_fastdpo(
     peft = peft_model(policy)
     if peft is not None and any(config.is_prompt_learning for config in peft.peft_config.values()):
         checks.fail("trainer.model", "without a prompt-learning adapter", type(peft).__name__)
-    checks.workspace_bytes(workspace_bytes)
-    checks.backend(backend)
+    options = TokenOptions((), 1.0, workspace_bytes, backend)
     policy_stats: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
     if trainer.use_weighting:
         policy_stats += ("log_sum_sq_probs",)
-    options = {"workspace_bytes": workspace_bytes, "backend": backend}
     rows = _LastRows()
     reference = cast("nn.Module | None", trainer.ref_model)
     for model in (policy, reference):
         if model is not None:  # the batches may bring token types, and are then looked at
             examine(model, token_type_ids=())
-    _answer(causal_lm(policy), rows, stats=policy_stats, **options)
+    _answer(causal_lm(policy), rows, options.with_stats(*policy_stats))
     if reference is not None:
-        _answer(causal_lm(reference), rows, stats=(), **options)
+        _answer(causal_lm(reference), rows, options)
     return trainer
 
 
@@ -109,19 +106,19 @@ class _LastRows:
 
     def find(
         self,
+        model: nn.Module,
         labels: Tensor,  # [S, T]
-        shifted: Tensor,  # [S, T] the same, shifted, on the hidden states' device
-        vocab_size: int,
+        shifted: Tensor,  # [S, T] the same, shifted
     ) -> Rows:
         if is_traced(labels) or labels.is_inference():
-            return find_rows(shifted, vocab_size)
+            return find_rows(model, shifted)
         if self._rows is None or self._labels() is not labels or self._version != labels._version:
-            self._rows = find_rows(shifted, vocab_size)  # first, as it may raise
+            self._rows = find_rows(model, shifted)  # first, as it may raise
             self._labels, self._version = weakref.ref(labels), labels._version
-        return self._rows.to(shifted.device)
+        return self._rows
 
 
-def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options: Any) -> None:
+def _answer(lm: nn.Module, rows: _LastRows, options: TokenOptions) -> None:
     """Give `lm` a forward that answers `fused_lm_head=True` by fastdpo.
 
     It holds no model: a copy of the model (`copy.deepcopy` binds the method to it) answers for
@@ -140,14 +137,13 @@ def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options
         # The trainer's reference, and its evaluation: TRL sets the probability of Dropout modules
         # to 0, not that of attention.
         quiet = nullcontext() if torch.is_grad_enabled() else without_dropout(self)
+        shifted = shifted_labels(labels)
+        found = rows.find(self, labels, shifted)
         with quiet:
             examine(self, labels.device, labels=labels, forward=own, **kwargs)
-            captured = capture(self, *args, forward=own, **kwargs)
-        shifted = shift_labels(labels).to(captured.hidden.device)
-        found = rows.find(labels, shifted, captured.vocab_size)
-        tokens = captured_logps(captured, shifted, row_index=found, stats=stats, **options)
-        if isinstance(tokens, Tensor):
-            tokens = LinearLogps(tokens)
+            answer = token_answer(shifted, found, options)
+            answers, outputs = answered_inside(self, *args, answer=answer, forward=own, **kwargs)
+        tokens = logps_of(answers)
         # TRL's columns are the positions that predict: all but the last.
         columns = {k: None if v is None else v[:, :-1] for k, v in tokens._asdict().items()}
         logps = cast(Tensor, columns.pop("logps"))
@@ -156,7 +152,7 @@ def _answer(lm: nn.Module, rows: _LastRows, *, stats: tuple[str, ...], **options
             loss=-logps.sum() / mask.sum().clamp(min=1),
             log_probs=logps,
             label_mask=mask,
-            aux_loss=captured.aux_loss,
+            aux_loss=answers.get(AUX_LOSS),
             **columns,
         )
 

@@ -1,7 +1,8 @@
 """From the model that a trainer holds to the causal language model inside, and to its output head.
 
-Wrappers (DistributedDataParallel, torch.compile, PEFT) are taken off only to read the head. The
-forward goes through the object that the caller passed, so that every wrapper's hooks run.
+Wrappers (DistributedDataParallel, FSDP, DeepSpeed, torch.compile, PEFT) are taken off only to find
+the head. The forward goes through the object that the caller passed, so that every wrapper's hooks
+run.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
+# By name: their packages take seconds to import, or are not there. Each holds what it wraps as
+# `module`, and lends it its attributes, so that it looks like a language model itself.
+_WRAPPERS = frozenset({"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"})
+# What a language model inside them cannot be called without: they gather its parameters.
+_SHARDING = frozenset({"FullyShardedDataParallel", "DeepSpeedEngine", "FSDPModule"})
 
 
 class UnsupportedModel(ValueError):
@@ -71,18 +77,38 @@ def wrappers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def sharding(model: nn.Module) -> nn.Module | None:
+    """The outermost wrapper without which a forward finds parameters that are not gathered; None
+    where there is none.
+    """
+    return next((m for m in wrappers(model) if _class_names(m) & _SHARDING), None)
+
+
+def bare(module: Any) -> nn.Module:
+    """A head, say, without torch.compile and FSDP1 around it."""
+    while (inner := _unwrapped(module)) is not module:
+        module = inner
+    return module
+
+
+def _unwrapped(module: Any) -> nn.Module:
+    return module.module if _class_names(module) & _WRAPPERS else uncompiled(module)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def _class_names(module: nn.Module) -> set[str]:
+    return {cls.__name__ for cls in type(module).__mro__}
+
+
 def _inner(model: Any) -> nn.Module:
-    if isinstance(model, DistributedDataParallel):
-        return model.module
-    if _is_peft(model):
-        return model.get_base_model()
-    return uncompiled(model)
+    return model.get_base_model() if _is_peft(model) else _unwrapped(model)
 
 
 def _is_peft(model: nn.Module) -> bool:
     # By its methods rather than its class: importing peft takes seconds that others should not pay.
+    if _class_names(model) & _WRAPPERS:
+        return False
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")

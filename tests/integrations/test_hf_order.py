@@ -10,7 +10,7 @@ import transformers
 from hf_models import FAMILIES, VOCAB, batch, build
 from test_hf_capture import lora
 
-from fastdpo.integrations import capture, hf, order
+from fastdpo.integrations import forward, hf, order
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-3}
 _BERT = {
@@ -139,16 +139,21 @@ def test_padding_on_the_right_changes_no_bit(name):
     """Of what the model computes where it finds the positions itself."""
     model = any_model(name)
     input_ids, attention_mask, _ = batch()
+    heard, seen = [], []
+
+    def listen(at):
+        heard.append(at.hidden)
+        return {}
+
     with torch.no_grad():
-        got = capture.capture(model, input_ids, attention_mask).hidden
-        seen = []
+        forward.answered(model, input_ids, attention_mask, answer=listen)
         handle = model.get_output_embeddings().register_forward_pre_hook(
             lambda _, args: seen.append(args[0])
         )
         model(input_ids=input_ids, attention_mask=attention_mask)
         handle.remove()
     kept = attention_mask.bool()
-    assert torch.equal(got[kept], seen[0][kept])
+    assert torch.equal(heard[0][kept], seen[0][kept])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -51,6 +51,14 @@ def _replace_weight(model):
     model.lm_head.weight = weight
 
 
+def _marked(forward):
+    def marked(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    marked.marked = True
+    return marked
+
+
 def _own_parameter(model):
     with torch.no_grad():
         model.extra_scale.mul_(2.0)
@@ -91,8 +99,8 @@ CHANGES = {
         _replace_weight,
     ),
     "a forward put over its own": (
-        lambda: moody(lambda m, z, k: "forward" in vars(m)),
-        lambda m: setattr(m, "forward", m.forward),
+        lambda: moody(lambda m, z, k: hasattr(m.forward, "marked")),
+        lambda m: setattr(m, "forward", _marked(m.forward)),
     ),
 }
 

@@ -1,9 +1,9 @@
-"""Runs a model up to its lm_head and no further: what the head would have multiplied.
+"""Runs a model up to its lm_head, computes an answer there, and lets it leave through the model's
+output: a model's forward that returns log-probabilities or a loss instead of logits.
 
-For the duration of one forward the head is tapped (`fastdpo.integrations.tap`): its input is kept,
-and it multiplies zero rows of it. Everything before the head (and around it: wrappers, hooks, a
-scaling of the hidden states, BERT's transform) runs as the model wrote it, and the logits it
-returns are [.., 0, V].
+Everything before the head (and around it: wrappers, hooks, a scaling of the hidden states, BERT's
+transform) runs as the model wrote it; `fastdpo.integrations.tap` says how the answer gets in and
+out.
 """
 
 from __future__ import annotations
@@ -17,77 +17,86 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
-from ..backends.contract import Head
-from ..distributed.vocabulary import VocabParallel
 from . import probe
 from .batches import IGNORE_INDEX
-from .families import head_rule
-from .heads import bind_head, vocab_parallel
+from .heads import HeadReader
 from .order import UNKNOWN, Order, order_of
 from .positions import placed
 from .subject import Subject, subject_of
-from .tap import HeadTap, Tapped
-from .unwrap import (
-    UnsupportedModel,
-    causal_lm,
-    output_head,
-    peft_model,
-)
+from .tap import Answer, Answers, HeadTap, Tapped
+from .unwrap import UnsupportedModel, causal_lm, peft_model, sharding
 
-
-class Captured(NamedTuple):
-    """What one forward left behind."""
-
-    hidden: Tensor  # [S, T, D] the lm_head's input
-    head: Head
-    autocast_dtype: torch.dtype | None  # the autocast that was in force at the head, None for none
-    aux_loss: Tensor | None  # [] the balancing loss of a mixture of experts, if asked for
-    vocab_parallel: VocabParallel | None  # where head is this process's rows
-
-    @property
-    def vocab_size(self) -> int:
-        spread = self.vocab_parallel
-        return self.head.vocab_size if spread is None else spread.vocab_size
+AUX_LOSS = "aux_loss"  # [] among the answers: the balancing loss of a mixture of experts
 
 
 class _Prepared(NamedTuple):
     """What is known before a forward."""
 
-    lm: Any
-    head: nn.Module
-    spread: VocabParallel | None
+    reader: HeadReader
     subject: Subject
     probing: bool
+    prompted: bool
     model_kwargs: dict[str, Any]
 
 
 # Where torch.compile compiles a forward that calls this one, it goes on at the model's own forward.
 @torch.compiler.disable(recursive=False)
-def capture(
+def answered(
     model: nn.Module,
     input_ids: Tensor,  # [S, T]
     attention_mask: Tensor | None = None,  # [S, T]
     *,
-    forward: Callable[..., Any] | None = None,
+    answer: Answer,
+    in_order: bool = True,
     **model_kwargs: Any,
-) -> Captured:
-    """One forward of `model`, without its logits.
+) -> Answers:
+    """One forward of `model`, which returns what `answer` makes of its hidden states and its head,
+    and `AUX_LOSS` where the model has one.
 
-    `forward` is what to call in place of the model: the forward that the model had, where the
-    caller has replaced it and is inside that replacement. Calling the model there would enter
-    its wrappers a second time, accelerate's autocast among them, which does not survive that.
+    Without `in_order` the model is not asked what it does with the order of its tokens (its rows
+    are parts of sequences, and it knows where they belong from position_ids).
 
     Raises:
         ValueError: the model cannot be right about the padding, or is given a second sequence.
         UnsupportedModel: the head cannot be described, or is not what the description says; or the
             model is not causal.
     """
-    prepared = _prepared(model, input_ids, attention_mask, forward, model_kwargs)
-    lm, head, spread, _, probing, model_kwargs = prepared
-    call = functools.partial(forward or model, input_ids=input_ids, **model_kwargs)
-    with Tapped(lm, head, probing, spread) as tap:
-        outputs = _eagerly(call) if probing else call()
-    return _captured(prepared, tap, outputs, model, input_ids)
+    prepared = _prepared(model, input_ids, attention_mask, None, in_order, model_kwargs)
+    tap = _tap(prepared, answer, input_ids)
+    lm: Any = prepared.reader.lm
+    own_forward = lm.forward
+
+    @functools.wraps(own_forward)
+    def lm_forward(*args: Any, **kwargs: Any) -> Answers:
+        return _leaving(tap, prepared, own_forward(*args, **kwargs))
+
+    call = functools.partial(model, input_ids=input_ids, **prepared.model_kwargs)
+    with Tapped(tap, lm_forward):
+        found = _eagerly(call) if prepared.probing else call()
+    return _arrived(tap, prepared, found)
+
+
+def answered_inside(
+    model: nn.Module,
+    input_ids: Tensor,  # [S, T]
+    attention_mask: Tensor | None = None,  # [S, T]
+    *,
+    answer: Answer,
+    forward: Callable[..., Any],
+    **model_kwargs: Any,
+) -> tuple[Answers, Any]:
+    """`answered`, for a forward that takes the place of the language model's own: calls `forward`,
+    which is the one that it had, and returns the answers beside what that returned.
+
+    Calling the model there would enter its wrappers a second time, accelerate's autocast among
+    them, which does not survive that. Whoever replaces the forward returns the answers from it.
+    """
+    prepared = _prepared(model, input_ids, attention_mask, forward, True, model_kwargs)
+    tap = _tap(prepared, answer, input_ids)
+    call = functools.partial(forward, input_ids=input_ids, **prepared.model_kwargs)
+    with Tapped(tap):
+        outputs = _eagerly(call) if prepared.probing else call()
+    return _leaving(tap, prepared, outputs), outputs
 
 
 @torch.compiler.disable
@@ -96,28 +105,41 @@ def _prepared(
     input_ids: Tensor,  # [S, T]
     attention_mask: Tensor | None,  # [S, T]
     forward: Callable[..., Any] | None,
+    in_order: bool,
     model_kwargs: dict[str, Any],
 ) -> _Prepared:
     lm = causal_lm(model)
-    head, spread = output_head(lm), vocab_parallel(lm)
-    order = examine(model, input_ids.device, forward=forward, **model_kwargs)
+    reader, prompted = HeadReader.of(lm), _is_prompted(model)
+    order = None
+    if in_order:
+        order = examine(model, input_ids.device, forward=forward, **model_kwargs)
     if attention_mask is not None and order is not None:
         place = placed(
             order,
             type(lm).__name__,
             attention_mask,
             model_kwargs.get("position_ids"),
-            _is_prompted(model),
+            prompted,
         )
         if place is not None:
             model_kwargs["position_ids"] = place
     if attention_mask is not None:
         model_kwargs["attention_mask"] = attention_mask
     model_kwargs = {**_no_cache(lm), **model_kwargs}
-    device_type, inside = input_ids.device.type, forward is not None
-    subject = subject_of(model, head, head_rule(lm), device_type, model_kwargs, inside)
+    head, device_type, inside = reader.layers[0], input_ids.device.type, forward is not None
+    subject = subject_of(model, head, reader.rule, device_type, model_kwargs, inside)
     probing = input_ids.numel() > 0 and not probe.is_verified(head, subject)
-    return _Prepared(lm, head, spread, subject, probing, model_kwargs)
+    return _Prepared(reader, subject, probing, prompted, model_kwargs)
+
+
+def _tap(prepared: _Prepared, answer: Answer, input_ids: Tensor) -> HeadTap:
+    return HeadTap(
+        prepared.reader,
+        answer,
+        input_ids.shape,
+        prompted=prepared.prompted,
+        probing=prepared.probing,
+    )
 
 
 @torch.compiler.disable
@@ -128,20 +150,42 @@ def _eagerly(call: Callable[[], Any]) -> Any:
         return call()
 
 
-@torch.compiler.disable
-def _captured(
-    prepared: _Prepared, tap: HeadTap, outputs: Any, model: nn.Module, input_ids: Tensor
-) -> Captured:
-    """What the forward that gave `outputs` left behind, verified where it probed."""
-    lm, head_module, spread, subject, *_ = prepared
-    hidden, autocast = _captured_hidden(tap, model, lm, input_ids), tap.autocast_dtype
-    if tap.rows is not None:
+def _leaving(tap: HeadTap, prepared: _Prepared, outputs: Any) -> Answers:
+    """What a forward that was tapped returns: a plain dict, whose tensors every wrapper finds."""
+    if tap.answers is None:
+        raise UnsupportedModel(
+            f"model: the forward of {type(prepared.reader.lm).__name__} called its output head "
+            f"{tap.calls} times instead of once"
+        )
+    if tap.probed is not None:
         logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-        if spread is not None:  # every process has all logits, and answers for its own
-            logits = logits[..., spread.start :][..., : spread.sizes[spread.rank]]
-        probe.verify(head_module, lm, tap.rows, logits, subject, autocast)
-    hidden, head = bind_head(lm, hidden, autocast=autocast is not None)
-    return Captured(hidden, head, autocast, getattr(outputs, "aux_loss", None), spread)
+        lm = prepared.reader.lm
+        probe.verify(tap.head, lm, tap.probed, logits, prepared.subject)
+    found = dict(tap.answers)
+    aux_loss = getattr(outputs, "aux_loss", None)
+    if aux_loss is not None:
+        boxed = not torch.compiler.is_compiling()
+        found[AUX_LOSS] = tap.depart(AUX_LOSS, aux_loss) if boxed else aux_loss
+    return found
+
+
+def _arrived(tap: HeadTap, prepared: _Prepared, found: Answers) -> Answers:
+    """What came out of the model, and exact whatever its wrappers did to it."""
+    if not isinstance(found, dict):
+        raise UnsupportedModel(
+            f"model: the forward of {type(prepared.reader.lm).__name__} should return what its "
+            f"language model's forward returned, got a {type(found).__name__}: a wrapper changes it"
+        )
+    for name, value in found.items():
+        if name in tap.exact:
+            found[name] = tap.exact[name].arrive(value)
+        elif value.is_floating_point() and value.element_size() == 2 and name != AUX_LOSS:
+            raise UnsupportedModel(
+                f"model: its wrappers round what leaves it to {value.dtype}, and torch.compile "
+                "hides the exact values; set output_dtype=None in fully_shard's "
+                "MixedPrecisionPolicy, or compile the layers instead of the model"
+            )
+    return found
 
 
 @torch.compiler.disable
@@ -171,7 +215,11 @@ def examine(
     device = some.device if device is None else device
     if torch.compiler.is_compiling() or device.type == "meta" or detect_fake_mode(some) is not None:
         return None
-    head, spread = output_head(lm), vocab_parallel(lm)
+    reader = HeadReader.of(lm)
+    # What gathers parameters has to be called for that; else the prompts of a prompt-learning
+    # adapter are better left out.
+    wrapper = sharding(model) if forward is None else None
+    prompted = wrapper is not None and _is_prompted(model)
 
     def ask(typed: bool) -> Order:
         def run(ids: Tensor, mask: Tensor, position_ids: Tensor | None) -> Tensor | None:
@@ -180,11 +228,9 @@ def examine(
                 given["position_ids"] = position_ids
             if typed:
                 given["token_type_ids"] = torch.ones_like(ids)
-            with Tapped(lm, head, False, spread) as tap:
-                (forward or lm)(input_ids=ids, attention_mask=mask, **given)
-            hidden = tap.hidden
-            whole = tap.calls == 1 and hidden is not None and hidden.shape[:-1] == ids.shape
-            return hidden if whole else None
+            with Tapped(HeadTap(reader, None, ids.shape, prompted=prompted)) as tap:
+                (forward or wrapper or lm)(input_ids=ids, attention_mask=mask, **given)
+            return tap.hidden
 
         takes_positions = "position_ids" in _parameters(lm)
         return order_of(lm, run, takes_positions=takes_positions, typed=typed, device=device)
@@ -235,21 +281,3 @@ def _is_prompted(model: nn.Module) -> bool:
     """Has it an adapter that puts virtual tokens before the sequence?"""
     peft = peft_model(model)
     return bool(getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False))
-
-
-def _captured_hidden(tap: HeadTap, model: nn.Module, lm: nn.Module, input_ids: Tensor) -> Tensor:
-    name = type(lm).__name__
-    if tap.calls != 1 or tap.hidden is None:
-        raise UnsupportedModel(
-            f"model: the forward of {name} called its output head {tap.calls} times instead of once"
-        )
-    hidden = tap.hidden
-    if _is_prompted(model) and hidden.ndim == 3:
-        hidden = hidden[:, -input_ids.shape[1] :]  # virtual tokens come first and have no labels
-    if hidden.shape[:-1] != input_ids.shape:
-        raise UnsupportedModel(
-            f"model: the output head of {name} was given hidden states of shape "
-            f"{tuple(hidden.shape)} for input_ids of shape {tuple(input_ids.shape)}; "
-            "expected [S, T, D]"
-        )
-    return hidden

@@ -1,0 +1,143 @@
+"""A model and a batch to the log-probabilities of its tokens: what `fastdpo.integrations.hf` and
+`fastdpo.integrations.trl` have in common.
+
+They are computed where the model calls its head, and leave through its output
+(`fastdpo.integrations.forward`); sequences and losses are made of them outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import checks, rows, step
+from ..core.call import LossCall
+from ..core.results import LinearDPOOutput, LinearLogps
+from ..core.rows import Rows
+from ..core.step import Reference
+from ..loss import linear_logps
+from .batches import IGNORE_INDEX, Tokens
+from .forward import AUX_LOSS, answered
+from .heads import HeadReader
+from .tap import Answer, Answers, AtHead
+from .unwrap import causal_lm
+
+_FIELDS = LinearLogps._fields
+
+
+@dataclass(frozen=True)
+class TokenOptions:
+    """How to compute them: as in `fastdpo.loss.linear_logps`, and checked like there."""
+
+    stats: tuple[str, ...] = ()
+    temperature: float = 1.0
+    workspace_bytes: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stats", checks.stats(self.stats))
+        checks.is_number("temperature", self.temperature, positive=True)
+        checks.workspace_bytes(self.workspace_bytes)
+        checks.backend(self.backend)
+
+    def with_stats(self, *stats: str) -> TokenOptions:
+        return dataclasses.replace(self, stats=stats)
+
+
+def find_rows(
+    model: nn.Module,
+    shifted_labels: Tensor,  # [S, T]
+    row_index: Tensor | None = None,  # [N], as `with_row_index` adds it
+) -> Rows:
+    """The positions that predict a token with loss: on a GPU, the one wait of a step, for policy
+    and reference, and before either runs.
+
+    Raises:
+        ValueError: a label lies outside the model's vocabulary.
+    """
+    index = None if row_index is None else row_index.to(shifted_labels.device)
+    vocab_size = HeadReader.of(causal_lm(model)).vocab_size
+    return rows.find(shifted_labels, IGNORE_INDEX, vocab_size, index)
+
+
+def token_logps(
+    model: nn.Module,
+    tokens: Tokens,
+    found: Rows,
+    options: TokenOptions,
+    **model_kwargs: Any,  # and `in_order` of `answered`
+) -> tuple[LinearLogps, Tensor | None]:
+    """Per position [S, T], 0 where it predicts nothing with loss; and the balancing loss of a
+    mixture of experts, where the model returned one.
+
+    Raises:
+        ValueError: see `fastdpo.integrations.forward.answered`.
+    """
+    answer = token_answer(tokens.shifted, found, options)
+    answers = answered(
+        model, tokens.input_ids, tokens.attention_mask, answer=answer, **model_kwargs
+    )
+    return logps_of(answers), answers.get(AUX_LOSS)
+
+
+def tokens_loss(
+    logps: LinearLogps,  # [S, T] each
+    found: Rows,
+    reference: Reference,  # per token [S, T], per sequence [S], or none
+    loss: LossCall,
+    backend: str | None,
+) -> LinearDPOOutput:
+    device, dtype = logps.logps.device, logps.logps.dtype
+    found = found.to(device)
+    at_rows = (None if v is None else found.gather(v.flatten()) for v in logps)
+    if reference.logps is not None:
+        reference = dataclasses.replace(reference, logps=reference.logps.to(device))
+    return step.tokens_loss(
+        LinearLogps(*at_rows),  # type: ignore[arg-type]
+        found,
+        reference.known_tokens(found, dtype),
+        reference.logps,
+        loss,
+        backend,
+    )
+
+
+def token_answer(
+    shifted_labels: Tensor,  # [S, T]
+    found: Rows,
+    options: TokenOptions,
+) -> Answer:
+    """What a head is to compute, and `logps_of` reads."""
+    whole, padded = found, found.padded()
+
+    def answer(at: AtHead) -> Answers:
+        # A compiled graph takes rows whose number is no shape.
+        known = padded if torch.compiler.is_compiling() else whole
+        device = at.hidden.device
+        tokens = linear_logps(
+            at.hidden,
+            at.head.weight,
+            shifted_labels.to(device),
+            bias=at.head.bias,
+            logit_scale=at.head.scale,
+            softcap=at.head.softcap,
+            temperature=options.temperature,
+            stats=options.stats,
+            workspace_bytes=options.workspace_bytes,
+            backend=options.backend,
+            row_index=known.to(device),
+            vocab_parallel=at.vocab_parallel,
+        )
+        if isinstance(tokens, Tensor):
+            return {"logps": tokens}
+        return {name: value for name, value in tokens._asdict().items() if value is not None}
+
+    return answer
+
+
+def logps_of(answers: Answers) -> LinearLogps:
+    return LinearLogps(**{name: answers[name] for name in _FIELDS if name in answers})
