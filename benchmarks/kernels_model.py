@@ -79,7 +79,7 @@ def reduce_sums(n: int, column_tiles: int, quantities: int = 1) -> Work:
     )
 
 
-def nothing_raised(n: int, programs: int = 1) -> Work:
+def nothing_reanchored(n: int, programs: int = 1) -> Work:
     """What ends where no row is flagged: each program has read `n` flags."""
     return Work(float(n * programs), n * programs)
 

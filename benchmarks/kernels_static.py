@@ -41,7 +41,7 @@ _ROWS = (
     ("exp_logits_tma", "half", "without E"),
     ("exp_logits_tma", "half+out+softcap", "with E and softcap"),
     ("exp_logits_pointers", "half+out+unaligned", "rows at any address"),
-    ("exp_logits_raised", "half+out", "no row flagged"),
+    ("exp_logits_reanchored", "half+out", "no row flagged"),
     ("reduce_sums", "half+out", ""),
     ("target_logits_kernel", "bfloat16", ""),
     ("logits_logps_kernel", "bfloat16", ""),
@@ -80,11 +80,11 @@ def predicted(row: dict[str, Any]) -> Work:
             tile=(rows, columns, row["group"]),
             softcap="softcap" in flags,
         )
-    if kernel == "exp_logits_raised":
-        return kernels_model.nothing_raised(n, _PROCESSORS)
+    if kernel == "exp_logits_reanchored":
+        return kernels_model.nothing_reanchored(n, _PROCESSORS)
     if kernel == "reduce_sums":
         if row["again"]:
-            return kernels_model.nothing_raised(n)
+            return kernels_model.nothing_reanchored(n)
         return kernels_model.reduce_sums(n, row["column_tiles"], 1 + len(_STATS & set(flags)))
     if kernel == "settle_ties":  # no row is close
         return kernels_model.target_logits(n, _D, size)
@@ -109,7 +109,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             r
             for r in rows
             if (r["kernel"], r["variant"]) == (kernel, variant)
-            and (kernel == "exp_logits_raised" or not r["again"])
+            and (kernel == "exp_logits_reanchored" or not r["again"])
         ][-1]
         name = f"`{kernel.removesuffix('_kernel')}`"
         cells = (

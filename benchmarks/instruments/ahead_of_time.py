@@ -177,7 +177,7 @@ def describe(arch: str, launch: Launch, compiled: CompiledKernel, variant: str) 
         shared=compiled.metadata.shared,
         layout=_sum_layout(compiled.asm["ttgir"]),
         column_tiles=launch.arguments.get("T", 0),
-        again=launch.arguments.get("AGAIN", "raised_ptr" in launch.arguments),
+        again=launch.arguments.get("AGAIN", "reanchored_ptr" in launch.arguments),
         **read(compiled.asm, TENSOR_CORE[arch]),
     )
 

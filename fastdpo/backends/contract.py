@@ -8,21 +8,21 @@ else fp32.
 `target_logits(hidden [N, D], head, labels [N]) -> a [N]`
     The label's own logit, a_t = z_t[y_t], in the accumulate dtype.
 
-`exp_logits(hidden [N, D], head, labels [N], anchor [N], *, fixed_anchor=False, raised=None,
+`exp_logits(hidden [N, D], head, labels [N], anchor [N], *, fixed_anchor=False, reanchored=None,
 out=None, label_entry=None, stats=(), tolerance=None) -> ExpSums`
     One product and its epilogue over every entry v of `head` except the label:
 
         e_tv = exp(z_tv − anchor_t)          S_t = Σ_{v ≠ y_t} e_tv
 
     `labels` outside [0, V) mean that the row's label lies in another tile of the vocabulary. Unless
-    `fixed_anchor`, a row with S_t > RAISE_ABOVE (or not finite) is done again with anchor_t :=
+    `fixed_anchor`, a row with S_t > REANCHOR_ABOVE (or not finite) is done again with anchor_t :=
     max_{v ≠ y_t} z_tv, which is exact for any logits; the anchors used come back (−∞, with E and
-    sums of 0, where every entry is −∞). With `fixed_anchor`, `raised` [N] bool names the rows that
-    were done again when their anchors were found: their logits are summed by the same operations
-    as then, since another order of the sum over D is a rounding of the logit, and one of e
-    relative to 1. `out` [N, K], K ≤ V, receives E_tv = e_tv · d_tv of the first K entries (d is the
-    softcap's derivative, 1 without one) in its own dtype, with `label_entry_t` (0 where None) in
-    the label's column. `stats` asks for more sums, see ExpSums.
+    sums of 0, where every entry is −∞). With `fixed_anchor`, `reanchored` [N] bool names the rows
+    that were done again when their anchors were found: their logits are summed by the same
+    operations as then, since another order of the sum over D is a rounding of the logit, and one
+    of e relative to 1. `out` [N, K], K ≤ V, receives E_tv = e_tv · d_tv of the first K entries (d
+    is the softcap's derivative, 1 without one) in its own dtype, with `label_entry_t` (0 where
+    None) in the label's column. `stats` asks for more sums, see ExpSums.
 
     The label is the first maximum of the row's logits where own ≥ top and own > earlier. This is
     exact for equal rows of the head: within `tolerance` [N] of the label's logit, which is then
@@ -65,8 +65,9 @@ from torch import Tensor
 # Anchored at the label's own logit, e = exp(z − a) fits fp32 and bf16 from e^-87 to e^+88. A row
 # whose sum exceeds e^60 has a label at probability below e^-60 and is anchored at its maximum
 # instead.
-RAISE_ABOVE = 1.1420073898156842e26
-# Σ e² is kept as Σ (e · e^-22)², which neither underflows nor overflows for sums up to RAISE_ABOVE.
+REANCHOR_ABOVE = 1.1420073898156842e26
+# Σ e² is kept as Σ (e · e^-22)², which neither underflows nor overflows for sums up to
+# REANCHOR_ABOVE.
 COLLISION_SHIFT = -22.0
 
 

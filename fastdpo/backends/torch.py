@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .contract import (
     COLLISION_SHIFT,
-    RAISE_ABOVE,
+    REANCHOR_ABOVE,
     ExpSums,
     Head,
     LogitMap,
@@ -97,7 +97,7 @@ def exp_logits(
     anchor: Tensor,  # [N]
     *,
     fixed_anchor: bool = False,
-    raised: Tensor | None = None,  # [N] bool
+    reanchored: Tensor | None = None,  # [N] bool
     out: Tensor | None = None,  # [N, K]
     label_entry: Tensor | None = None,  # [N]
     stats: tuple[str, ...] = (),
@@ -106,12 +106,12 @@ def exp_logits(
     close = None if tolerance is None else _Close(labels, anchor, tolerance)
     sums = _exp_sums(hidden, head, labels, anchor, out, label_entry, stats, close)
     if not fixed_anchor:
-        raised = ~(sums.sum <= RAISE_ABOVE)  # written so that NaN and inf are raised too
-    if raised is None or not bool(raised.any()):
+        reanchored = ~(sums.sum <= REANCHOR_ABOVE)  # NaN and inf are, too
+    if reanchored is None or not bool(reanchored.any()):
         return sums
     # The label of these rows is so unlikely that e leaves the range of fp32: anchor them at their
     # maximum.
-    rows = raised.nonzero().squeeze(1)
+    rows = reanchored.nonzero().squeeze(1)
     hidden, labels, top = hidden[rows], labels[rows], anchor[rows]
     if not fixed_anchor:
         found = _exp_sums(hidden, head, labels, top, None, None, ("is_top1",))

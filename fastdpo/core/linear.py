@@ -92,12 +92,12 @@ class RowState(NamedTuple):
     target: Tensor  # a
     anchor: Tensor  # α
     sum: Tensor  # S
-    raised: Tensor  # bool: did this process anchor the row at its maximum?
+    reanchored: Tensor  # bool: did this process anchor the row at its maximum?
 
     def packed(self) -> Tensor:  # [3, N]
         """The flag as the sum's sign."""
         return torch.stack(
-            (self.target, self.anchor, torch.where(self.raised, -self.sum, self.sum))
+            (self.target, self.anchor, torch.where(self.reanchored, -self.sum, self.sum))
         )
 
     @classmethod
@@ -161,7 +161,7 @@ def forward_pass(
     asked = tuple(s for s in call.stats if s != "mean_logits" or head.softcap is not None)
     tolerance = _tolerance(x, head, labels, target, call) if "is_top1" in asked else None
     parts: list[ExpSums] = []
-    raised: list[Tensor] = []
+    reanchored: list[Tensor] = []
     for rows in blocks:
         out = None
         if stored is not None:
@@ -177,20 +177,20 @@ def forward_pass(
             stats=asked,
             tolerance=None if tolerance is None else tolerance[rows],
         )
-        raised.append(sums.anchor != target[rows])
+        reanchored.append(sums.anchor != target[rows])
         if shared is not None:
             sums, share = shared.joined(sums)
             if out is not None:
                 _scale_rows(out, share)
         parts.append(sums)
         if out is not None:
-            state = RowState(target[rows], sums.anchor, sums.sum, raised[-1])
+            state = RowState(target[rows], sums.anchor, sums.sum, reanchored[-1])
             _set_label_entries(out, labels[rows], _label_entry(state, head))
             if product is not None:
                 scale = (-head.gain * state.inverse).unsqueeze(1)
                 product[rows] = _product(out, head.weight) * scale
     sums = _joined(parts, target)
-    flags = torch.cat(raised) if raised else target.new_empty(0, dtype=torch.bool)
+    flags = torch.cat(reanchored) if reanchored else target.new_empty(0, dtype=torch.bool)
     state = RowState(target, sums.anchor, sums.sum, flags)
     logps = _logps(state)
     stats = {
@@ -306,7 +306,7 @@ def _column_blocks(x, head, labels, call, state, kept):
     if buffer is None or not kept.spendable:
         buffer = padded_empty(len(x), recompute_columns(len(x), vocab, x), x)
     backend = select.primitive("exp_logits", x, call.backend)
-    entry, raised = _label_entry(state, head), state.raised
+    entry, reanchored = _label_entry(state, head), state.reanchored
     for start in range(done, vocab, buffer.shape[1]):
         stop = min(start + buffer.shape[1], vocab)
         e = buffer[:, : stop - start]
@@ -320,7 +320,7 @@ def _column_blocks(x, head, labels, call, state, kept):
                 labels[rows] - start,
                 state.anchor[rows],
                 fixed_anchor=True,
-                raised=raised[rows],
+                reanchored=reanchored[rows],
                 out=e[rows],
                 label_entry=entry[rows],
             )
@@ -463,7 +463,7 @@ def _renormalized(state: RowState) -> RowState:
         state.target,
         state.anchor + shift,
         torch.full_like(state.sum, math.exp(_HALF_LOG_SUM)),
-        state.raised,
+        state.reanchored,
     )
 
 

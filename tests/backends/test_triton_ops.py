@@ -47,7 +47,7 @@ def test_exp_logits(dtype, rows):
     anchor = torch.randn(rows, device=DEVICE)
     # opcheck itself cannot copy a padded view of no rows.
     whole = torch.zeros(rows, 192 if rows else V, dtype=dtype, device=DEVICE)
-    raised = torch.arange(rows, device=DEVICE) % 2 == 0
+    reanchored = torch.arange(rows, device=DEVICE) % 2 == 0
     tolerance = torch.full((rows,), 1e-3, device=DEVICE)
     for fixed, flagged, out, entry, stats in (
         (False, None, None, None, ""),
@@ -55,7 +55,7 @@ def test_exp_logits(dtype, rows):
         (False, None, whole[:, :V], None, "entropy,mean_logits"),
         (
             True,
-            raised,
+            reanchored,
             whole[:, : 77 if rows else V],
             anchor,
             "entropy,log_sum_sq_probs,mean_logits,is_top1",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastdpo.backends import torch as oracle
-from fastdpo.backends.contract import COLLISION_SHIFT, RAISE_ABOVE, Head
+from fastdpo.backends.contract import COLLISION_SHIFT, REANCHOR_ABOVE, Head
 from fastdpo.backends.workspace import padded_empty
 
 triton = pytest.importorskip("fastdpo.backends.triton")
@@ -85,8 +85,8 @@ def check(
     )  # fmt: skip
     assert (buffer[:, k:] == 7.0).all(), "written beyond the columns asked for"
     delta = roundings(hidden, head, expected.anchor)
-    raised = expected.anchor != anchor.double()
-    assert torch.equal(got.anchor[~raised], anchor[~raised]), "an anchor moved without need"
+    reanchored = expected.anchor != anchor.double()
+    assert torch.equal(got.anchor[~reanchored], anchor[~reanchored]), "an anchor moved without need"
     assert ((got.anchor - expected.anchor).abs() <= delta).all(), "anchors"
     # Every e carries the same factor where the two anchors differ by a rounding.
     shift = (got.anchor.double() - expected.anchor).unsqueeze(1)
@@ -243,9 +243,9 @@ def test_flagged_rows_leave_the_others_alone():
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
-def test_a_sum_that_is_no_number_is_raised(softcap):
-    """Neither inf nor NaN passes the test S ≤ RAISE_ABOVE."""
-    assert math.isclose(RAISE_ABOVE, math.exp(60))
+def test_a_sum_that_is_no_number_is_reanchored(softcap):
+    """Neither inf nor NaN passes the test S ≤ REANCHOR_ABOVE."""
+    assert math.isclose(REANCHOR_ABOVE, math.exp(60))
     hidden, head, labels = inputs(torch.float32, softcap=softcap)
     anchor = triton.target_logits(hidden, head, labels)
     anchor[2], anchor[5] = -1e30, -math.inf
@@ -315,7 +315,7 @@ def test_fixed_anchors(dtype, softcap):
     got, _ = check(hidden, head, labels, anchor, fixed=True, entry=entry, stats=())
     assert got.anchor is anchor
     close(got.sum, torch.full_like(anchor, 1024.0), torch.full_like(anchor, 0.05).double(), "sum")
-    far = anchor - 70.0  # a sum above RAISE_ABOVE that fp32 still holds: it stays
+    far = anchor - 70.0  # a sum above REANCHOR_ABOVE that fp32 still holds: it stays
     check(hidden, head, labels, far, fixed=True, stats=(), out_dtype=torch.float32)
 
 
@@ -328,13 +328,13 @@ def test_flagged_rows_computed_again_have_the_same_bits(dtype):
     out = torch.empty(N, V, dtype=dtype, device=DEVICE)
     entry = torch.randn(N, device=DEVICE)
     first = triton.exp_logits(hidden, head, labels, anchor, out=out, label_entry=entry)
-    raised = first.anchor != anchor
-    assert raised.nonzero().squeeze(1).tolist() == list(range(0, N, 3))
+    reanchored = first.anchor != anchor
+    assert reanchored.nonzero().squeeze(1).tolist() == list(range(0, N, 3))
     for start, stop in ((0, V), (0, 128), (128, V)):
         again = torch.empty(N, stop - start, dtype=dtype, device=DEVICE)
         sums = triton.exp_logits(
             hidden, head.columns(start, stop), labels - start, first.anchor, out=again,
-            label_entry=entry, fixed_anchor=True, raised=raised,
+            label_entry=entry, fixed_anchor=True, reanchored=reanchored,
         )  # fmt: skip
         same_bits(again, out[:, start:stop])
         if stop - start == V:
@@ -569,9 +569,9 @@ def test_no_pairs():
 
 
 def test_it_says_what_it_serves():
-    from fastdpo.backends.triton.reduce_sums import _RAISE_ABOVE
+    from fastdpo.backends.triton.reduce_sums import _REANCHOR_ABOVE
 
-    assert _RAISE_ABOVE.value == RAISE_ABOVE
+    assert _REANCHOR_ABOVE.value == REANCHOR_ABOVE
     for dtype in DTYPES:
         assert triton.supports(torch.device(DEVICE), dtype)[0]
     ok, why = triton.supports(torch.device(DEVICE), torch.float64)

@@ -88,7 +88,7 @@ def test_nothing_spills_and_everything_fits(kernels):
     names = {k.kernel for k in kernels}
     arch = kernels[0].arch
     assert names >= {
-        "exp_logits_pointers", "exp_logits_raised", "reduce_sums", "target_logits_kernel",
+        "exp_logits_pointers", "exp_logits_reanchored", "reduce_sums", "target_logits_kernel",
         "logits_logps_kernel", "logits_logps_backward_kernel", "sequence_loss_kernel",
     }  # fmt: skip
     assert ("exp_logits_tma" in names) == (arch in BULK)
@@ -263,13 +263,13 @@ def test_where_a_fence_is_missing_nothing_is_copied_asynchronously(monkeypatch):
     module = importlib.import_module("fastdpo.backends.triton.exp_logits")
     monkeypatch.setattr(module, "_FENCES_COPIES", False)
     hopper = stages("sm_90", Variant(out=True))
-    assert (hopper["exp_logits_tma"], hopper["exp_logits_raised"]) == (4, 1)
+    assert (hopper["exp_logits_tma"], hopper["exp_logits_reanchored"]) == (4, 1)
     hopper = stages("sm_90", Variant("tf32", unaligned=True))
-    assert hopper["exp_logits_pointers"] == hopper["exp_logits_raised"] == 1
+    assert hopper["exp_logits_pointers"] == hopper["exp_logits_reanchored"] == 1
     assert stages("sm_90", Variant("ieee"))["exp_logits_pointers"] == 3  # no matrix instruction
     assert stages("sm_80", Variant("tf32"))["exp_logits_pointers"] == 2  # one that needs no fence
     monkeypatch.setattr(module, "_FENCES_COPIES", True)
-    assert stages("sm_90", Variant(out=True))["exp_logits_raised"] == 2
+    assert stages("sm_90", Variant(out=True))["exp_logits_reanchored"] == 2
 
 
 def test_every_architecture_is_described():

@@ -223,7 +223,7 @@ def test_e_computed_again_is_what_was_summed(dtype, shape, size, gap):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_e_computed_again_over_several_blocks(dtype, monkeypatch):
-    """Of rows and of columns; the rows that are raised are some of each block."""
+    """Of rows and of columns; the rows that are anchored again are some of each block."""
     tensors = far_labels(300, 2000, 128, 1300, 65, dtype)
     bytes_ = torch.finfo(dtype).bits // 8
     monkeypatch.setattr("fastdpo.backends.workspace._BLOCK_BYTES", {"cpu": 128 * 2000 * bytes_})

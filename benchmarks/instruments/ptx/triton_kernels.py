@@ -30,8 +30,8 @@ from fastdpo.backends.triton.launch import Launch, Target
 
 # What a call's first launch that names it writes: nothing there may be read before.
 _WRITTEN = {
-    "partial_ptr", "sums_ptr", "raised_ptr", "new_anchor_ptr", "logit_ptr", "logps_ptr", "lse_ptr",
-    "loss_ptr", "rewards_ptr", "coefficients_ptr", "own_ptr", "settled_ptr",
+    "partial_ptr", "sums_ptr", "reanchored_ptr", "new_anchor_ptr", "logit_ptr", "logps_ptr",
+    "lse_ptr", "loss_ptr", "rewards_ptr", "coefficients_ptr", "own_ptr", "settled_ptr",
 }  # fmt: skip
 _INPUTS = {"sequence_loss_kernel": {"logps_ptr"}, "logits_logps_backward_kernel": {"lse_ptr"}}
 _SCALARS = {"fp32": ctypes.c_float, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
@@ -128,7 +128,7 @@ def _allocations(name: str, signature: dict[str, str], launch: Launch, written: 
         elif kind.startswith("*") and value.numel():
             fresh = argument in _WRITTEN - _INPUTS.get(name, set())
             fresh &= value.data_ptr() not in written
-            if argument == "raised_ptr":  # with fixed anchors the caller gives it
+            if argument == "reanchored_ptr":  # with fixed anchors the caller gives it
                 fresh &= not launch.arguments.get("AGAIN", True)
             found.append(_rows(argument, value, fresh)._replace(watched=not several))
     result = allocations(found)

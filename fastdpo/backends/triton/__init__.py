@@ -91,7 +91,7 @@ def exp_logits(
     anchor: Tensor,  # [N] fp32
     *,
     fixed_anchor: bool = False,
-    raised: Tensor | None = None,  # [N] bool
+    reanchored: Tensor | None = None,  # [N] bool
     out: Tensor | None = None,  # [N, K]
     label_entry: Tensor | None = None,  # [N] fp32
     stats: tuple[str, ...] = (),
@@ -101,7 +101,7 @@ def exp_logits(
     out = out if out is not None and out.shape[1] else None
     entry = None if out is None else label_entry
     new_anchor, sums = ops.exp_logits(
-        _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, raised, out, entry,
+        _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, reanchored, out, entry,
         ",".join(asked), tolerance,
     )  # fmt: skip
     fields = [field for name in asked for field in FIELDS[name]]

@@ -44,7 +44,7 @@ from .configs import (
     supported_arch,
 )
 from .exp_logits_pointers import exp_logits_pointers
-from .exp_logits_raised import exp_logits_raised
+from .exp_logits_reanchored import exp_logits_reanchored
 from .exp_logits_tma import exp_logits_tma
 from .launch import Launch, Target
 from .reduce_sums import reduce_sums
@@ -174,7 +174,7 @@ def plan(
     main = Launch(kernel, (programs,), arguments, tile.warps, _stages(target, tile, kind))
 
     reduction = {
-        "raised_ptr": None, "anchor_ptr": None, "new_anchor_ptr": None,
+        "reanchored_ptr": None, "anchor_ptr": None, "new_anchor_ptr": None,
         "label_logit_ptr": label_logits,
         "partial_ptr": partial, "sums_ptr": sums, "entry_ptr": label_entry, "labels_ptr": labels,
         "out_ptr": out, "out_stride": pointers["out_stride"], "K": pointers["K"], "N": rows,
@@ -202,27 +202,28 @@ def plan(
         # Before flagged rows' maxima take the others' place; they have nothing to settle.
         first.append(Launch(settle_ties, (rows, splits), settling))
     if not fixed_anchor:
-        raised = torch.empty(rows, dtype=torch.int8, device=hidden.device)
+        reanchored = torch.empty(rows, dtype=torch.int8, device=hidden.device)
         new_anchor = torch.empty_like(anchor)
     elif flagged is not None:
-        raised, new_anchor = flagged, anchor
+        reanchored, new_anchor = flagged, anchor
     else:
         return Plan(first, anchor, sums, ties)
-    once_more = {"raised_ptr": raised, "AGAIN": True, "T": plain_column_tiles}
+    once_more = {"reanchored_ptr": reanchored, "AGAIN": True, "T": plain_column_tiles}
     again = {
-        **pointers, **shared, **_shape(plain), "anchor_ptr": new_anchor, "raised_ptr": raised,
-        "MAXIMA": False,
+        **pointers, **shared, **_shape(plain), "anchor_ptr": new_anchor,
+        "reanchored_ptr": reanchored, "MAXIMA": False,
     }  # fmt: skip
     grid = (min(plain_column_tiles, target.processors),)
     last = [
-        Launch(exp_logits_raised, grid, again, plain.warps, _stages(target, plain, kind)),
+        Launch(exp_logits_reanchored, grid, again, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, {**reduction, **once_more}),
     ]
     if fixed_anchor:
         return Plan([*first, *last], anchor, sums, ties)
 
     reduction = {
-        **reduction, "raised_ptr": raised, "anchor_ptr": anchor, "new_anchor_ptr": new_anchor,
+        **reduction, "reanchored_ptr": reanchored, "anchor_ptr": anchor,
+        "new_anchor_ptr": new_anchor,
     }  # fmt: skip
     find = {
         **again, "MAXIMA": True, "out_ptr": None, "out_stride": 0, "K": 0,
@@ -235,7 +236,7 @@ def plan(
     first[1] = Launch(reduce_sums, reduce_grid, reduction)
     launches = [
         *first,
-        Launch(exp_logits_raised, grid, find, plain.warps, _stages(target, plain, kind)),
+        Launch(exp_logits_reanchored, grid, find, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, maxima),
     ]
     return Plan([*launches, *last], new_anchor, sums, ties)

@@ -51,7 +51,7 @@ def exp_logits(
     labels: Tensor,  # [N]
     anchor: Tensor,  # [N] fp32
     fixed_anchor: bool,
-    raised: Tensor | None,  # [N] bool
+    reanchored: Tensor | None,  # [N] bool
     out: Tensor | None,  # [N, K]
     label_entry: Tensor | None,  # [N] fp32
     stats: str,
@@ -70,7 +70,7 @@ def exp_logits(
             labels,
             anchor,
             fixed_anchor,
-            raised,
+            reanchored,
             out,
             label_entry,
             stats,
@@ -91,7 +91,7 @@ def exp_logits(
         labels,
         anchor,
         fixed_anchor,
-        None if raised is None else raised.to(torch.int8).contiguous(),
+        None if reanchored is None else reanchored.to(torch.int8).contiguous(),
         out,
         _dense(label_entry),
         asked,
@@ -122,7 +122,7 @@ def _exp_logits_fake(
     labels,
     anchor,
     fixed_anchor,
-    raised,
+    reanchored,
     out,
     label_entry,
     stats,

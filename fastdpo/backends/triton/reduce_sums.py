@@ -12,16 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..contract import RAISE_ABOVE
+from ..contract import REANCHOR_ABOVE
 
-_RAISE_ABOVE = tl.constexpr(RAISE_ABOVE)
+_REANCHOR_ABOVE = tl.constexpr(REANCHOR_ABOVE)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
 def reduce_sums(
     partial_ptr,  # [P, T, N] fp32
     sums_ptr,  # [P, N] fp32
-    raised_ptr,  # [N] int8 or None
+    reanchored_ptr,  # [N] int8 or None
     anchor_ptr,  # [N] fp32, copied to new_anchor, or None
     new_anchor_ptr,  # [N] fp32 or None
     label_logit_ptr,  # [N] fp32: to be taken from Σ z (0 where the label is elsewhere), or None
@@ -42,7 +42,7 @@ def reduce_sums(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = rows < N
     if AGAIN:
-        mask = tl.load(raised_ptr + rows, mask=mask, other=0).to(tl.int32) > 0
+        mask = tl.load(reanchored_ptr + rows, mask=mask, other=0).to(tl.int32) > 0
         if tl.max(mask.to(tl.int32), 0) == 0:
             return
     for q in tl.static_range(QUANTITIES):
@@ -66,11 +66,10 @@ def reduce_sums(
         if q == LOGITS_AT:
             result -= tl.load(label_logit_ptr + rows, mask=mask, other=0.0)
         tl.store(sums_ptr + tl.cast(q, tl.int64) * N + rows, result, mask=mask)
-        if (q == 0) and (raised_ptr is not None) and not AGAIN:
+        if (q == 0) and (reanchored_ptr is not None) and not AGAIN:
             # Written so that NaN and inf are flagged too.
-            tl.store(
-                raised_ptr + rows, tl.where(result <= _RAISE_ABOVE, 0, 1).to(tl.int8), mask=mask
-            )
+            overflowed = tl.where(result <= _REANCHOR_ABOVE, 0, 1).to(tl.int8)
+            tl.store(reanchored_ptr + rows, overflowed, mask=mask)
     if anchor_ptr is not None:
         tl.store(new_anchor_ptr + rows, tl.load(anchor_ptr + rows, mask=mask), mask=mask)
     if entry_ptr is not None:

@@ -28,11 +28,11 @@ _FLAGS_AT_ONCE = tl.constexpr(4096)
 
 
 @triton.jit
-def _any_raised(raised_ptr, N):
+def _any_reanchored(reanchored_ptr, N):
     seen = tl.zeros((_FLAGS_AT_ONCE,), tl.int32)
     for start in range(0, N, _FLAGS_AT_ONCE):
         rows = start + tl.arange(0, _FLAGS_AT_ONCE)
-        seen |= tl.load(raised_ptr + rows, mask=rows < N, other=0).to(tl.int32)
+        seen |= tl.load(reanchored_ptr + rows, mask=rows < N, other=0).to(tl.int32)
     return tl.max(seen, 0) > 0
 
 
@@ -43,13 +43,13 @@ def _any_raised(raised_ptr, N):
     }
 )
 @triton.jit(do_not_specialize=["N"])
-def exp_logits_raised(
+def exp_logits_reanchored(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
     out_ptr,  # [N, K] or None
     labels_ptr,  # [N] int
     anchor_ptr,  # [N] fp32: the maxima, when they are known
-    raised_ptr,  # [N] int8
+    reanchored_ptr,  # [N] int8
     bias_ptr,  # [V] or None
     partial_ptr,  # [P, T, N] fp32
     hidden_stride,
@@ -75,20 +75,20 @@ def exp_logits_raised(
     EVEN_V: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):
-    if not _any_raised(raised_ptr, N):
+    if not _any_reanchored(reanchored_ptr, N):
         return
     column_tiles = tl.cdiv(V, BLOCK_V)
     quantity_stride = tl.cast(column_tiles, tl.int64) * N
     CHUNK: tl.constexpr = BLOCK_V // CHUNKS
     for row_start in range(0, N, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
-        raised = tl.load(raised_ptr + rows, mask=rows < N, other=0).to(tl.int32) > 0
-        if tl.max(raised.to(tl.int32), 0) > 0:
-            label = tl.load(labels_ptr + rows, mask=raised, other=-1).to(tl.int32)
+        mask = tl.load(reanchored_ptr + rows, mask=rows < N, other=0).to(tl.int32) > 0
+        if tl.max(mask.to(tl.int32), 0) > 0:
+            label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
             if MAXIMA:
                 anchor = tl.zeros((BLOCK_M,), tl.float32)
             else:
-                anchor = tl.load(anchor_ptr + rows, mask=raised, other=0.0)
+                anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
                 # Where nothing can occur the sums are 0, and not exp(−∞ + ∞).
                 anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
             for column_tile in range(tl.program_id(0), column_tiles, tl.num_programs(0)):
@@ -115,9 +115,9 @@ def exp_logits_raised(
                                 out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
                             )
                             stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
-                            tl.store(place, stored, mask=raised[:, None] & (columns < K)[None, :])
+                            tl.store(place, stored, mask=mask[:, None] & (columns < K)[None, :])
                 here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
                 if MAXIMA:
-                    tl.store(here, sums[4], mask=raised)
+                    tl.store(here, sums[4], mask=mask)
                 else:
-                    store_sums(here, quantity_stride, raised, sums, ENTROPY, COLLISION, LOGITS, TOP)
+                    store_sums(here, quantity_stride, mask, sums, ENTROPY, COLLISION, LOGITS, TOP)
