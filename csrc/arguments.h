@@ -16,18 +16,17 @@ namespace fastdpo {
 
 namespace py = pybind11;
 
-[[noreturn]] inline void refuse(const char* name, const std::string& why) {
-  throw py::value_error(std::string(name) + ": " + why);
+[[noreturn]] inline void refuse(const char* name, const std::string& what) {
+  throw py::value_error(std::string(name) + " should " + what);
 }
 
 inline int64_t integer(const py::int_& value, const char* name, int64_t least, int64_t most) {
   int overflow = 0;
   const long long number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
-  if (overflow != 0)
-    refuse(name, "does not fit in 64 bits, got " + py::str(value).cast<std::string>());
+  if (overflow != 0) refuse(name, "fit in 64 bits, got " + py::str(value).cast<std::string>());
   if (number < least || number > most) {
-    refuse(name, "should be between " + std::to_string(least) + " and " + std::to_string(most) +
-                     ", got " + std::to_string(number));
+    refuse(name, "be between " + std::to_string(least) + " and " + std::to_string(most) + ", got " +
+                     std::to_string(number));
   }
   return number;
 }
@@ -47,15 +46,14 @@ inline int columns(const py::int_& value, const char* name) {
 inline DType dtype(const py::int_& value, const char* name) {
   const int64_t tag = integer(value, name, std::numeric_limits<int64_t>::min(), kMostElements);
   if (tag < 0 || tag > 2) {
-    refuse(name, "unknown dtype tag " + std::to_string(tag) +
-                     ", expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+    refuse(name, "be the tag 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(tag));
   }
   return static_cast<DType>(tag);
 }
 
 inline float number(double value, const char* name) {
   if (!std::isfinite(value) || std::fabs(value) > std::numeric_limits<float>::max()) {
-    refuse(name, "should be a finite float32, got " + std::to_string(value));
+    refuse(name, "be a finite float32, got " + std::to_string(value));
   }
   return static_cast<float>(value);
 }
@@ -66,15 +64,15 @@ T* pointer(const py::int_& value, const char* name, int64_t size, bool optional 
   const unsigned long long address = PyLong_AsUnsignedLongLong(value.ptr());
   if (PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    refuse(name, "not an address, got " + py::str(value).cast<std::string>());
+    refuse(name, "be an address, got " + py::str(value).cast<std::string>());
   }
   if (address == 0) {
     if (optional) return nullptr;
-    refuse(name, "null pointer");
+    refuse(name, "be an address, got the null pointer");
   }
   if (address % static_cast<unsigned long long>(size) != 0) {
-    refuse(name, "misaligned, the address should be a multiple of the element's " +
-                     std::to_string(size) + " bytes");
+    refuse(name, "be a multiple of the element's " + std::to_string(size) + " bytes, got " +
+                     std::to_string(address));
   }
   return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
 }
@@ -99,8 +97,8 @@ struct Matrix {
         __builtin_add_overflow(bytes, columns, &bytes) ||
         __builtin_mul_overflow(bytes, element, &bytes) || static_cast<uint64_t>(address) > most ||
         __builtin_add_overflow(bytes, static_cast<int64_t>(address), &bytes)) {
-      refuse(stride_name, std::to_string(rows) + " rows " + std::to_string(stride) +
-                              " elements apart overflow 64 bits");
+      refuse(stride_name, "leave " + std::to_string(rows) + " rows within 64 bits, got " +
+                              std::to_string(stride));
     }
   }
 

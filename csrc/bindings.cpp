@@ -18,10 +18,11 @@ namespace {
 
 void check_architecture(int major, int minor) {
   if (runs_on(major, minor)) return;
-  throw py::value_error("device: fastdpo._cuda was built for compute capabilities " + built_for() +
-                        ", not for " + std::to_string(major) + "." + std::to_string(minor) +
-                        "; rebuild it with FASTDPO_CUDA_ARCHS=\"" + std::to_string(major) + "." +
-                        std::to_string(minor) + "\"");
+  throw py::value_error(
+      "device should be of a compute capability that fastdpo._cuda was built for (" + built_for() +
+      "), got " + std::to_string(major) + "." + std::to_string(minor) +
+      "; rebuild it with FASTDPO_CUDA_ARCHS=\"" + std::to_string(major) + "." +
+      std::to_string(minor) + "\"");
 }
 
 // The newest CUDA version that the driver serves (12040: 12.4); 0 where there is no driver.
@@ -75,9 +76,9 @@ cudaStream_t stream_handle(const py::int_& value) {  // 0 is the default stream
 LogitMap logit_map(double scale, double softcap, double temperature) {
   number(scale, "scale");
   if (!(softcap >= 0.0) || std::isinf(softcap))
-    refuse("softcap", "should be positive and finite, or 0 for none");
+    refuse("softcap", "be positive and finite, or 0 for none, got " + std::to_string(softcap));
   if (!(temperature > 0.0) || std::isinf(temperature))
-    refuse("temperature", "should be positive and finite");
+    refuse("temperature", "be positive and finite, got " + std::to_string(temperature));
   const float gain = number(scale / temperature, "temperature");
   if (softcap == 0.0) return {gain, 1.0f, gain};
   return {number(scale / softcap, "softcap"), number(softcap / temperature, "softcap"), gain};
@@ -85,8 +86,8 @@ LogitMap logit_map(double scale, double softcap, double temperature) {
 
 int splits(int64_t rows, int64_t per_row) {
   if (rows > kMostBlocks / per_row) {
-    refuse("rows", std::to_string(rows) + " rows of " + std::to_string(per_row) +
-                       " blocks overflow a launch");
+    refuse("rows", "fit in a launch of " + std::to_string(kMostBlocks) + " blocks, got " +
+                       std::to_string(rows) + " of " + std::to_string(per_row) + " blocks each");
   }
   return static_cast<int>(per_row);
 }
@@ -96,28 +97,28 @@ int64_t partials_offset(int64_t rows) {
   return ceil_div(rows * static_cast<int64_t>(sizeof(unsigned)), 8) * 8;
 }
 
-int64_t forward_workspace_bytes(const py::int_& dtype_tag, const py::int_& rows_,
-                                const py::int_& vocab_) {
+int64_t logits_logps_workspace_bytes(const py::int_& dtype_tag, const py::int_& rows_,
+                                     const py::int_& vocab_) {
   const DType type = dtype(dtype_tag, "dtype");
   const int64_t rows = count(rows_, "rows");
-  const int per_row = splits(rows, logits_forward_splits(type, columns(vocab_, "vocab")));
+  const int per_row = splits(rows, logits_logps_splits(type, columns(vocab_, "vocab")));
   if (per_row == 1) return 0;
   return partials_offset(rows) + rows * per_row * static_cast<int64_t>(sizeof(float2));
 }
 
-void bind_logits_forward(const py::int_& logits, const py::int_& dtype_tag, const py::int_& rows_,
-                         const py::int_& vocab, const py::int_& row_stride, const py::int_& labels,
-                         double scale, double softcap, double temperature, const py::int_& logps,
-                         const py::int_& lse, const py::int_& workspace,
-                         const py::int_& workspace_bytes, bool second_launch,
-                         const py::int_& device, const py::int_& stream_) {
+void bind_logits_logps(const py::int_& logits, const py::int_& dtype_tag, const py::int_& rows_,
+                       const py::int_& vocab, const py::int_& row_stride, const py::int_& labels,
+                       double scale, double softcap, double temperature, const py::int_& logps,
+                       const py::int_& lse, const py::int_& workspace,
+                       const py::int_& workspace_bytes, bool second_launch, const py::int_& device,
+                       const py::int_& stream_) {
   const DType type = dtype(dtype_tag, "dtype");
   const int64_t rows = count(rows_, "rows");
-  LogitsForwardParams p{};
+  LogitsLogpsParams p{};
   p.rows = rows;
   p.vocab = columns(vocab, "vocab");
   p.row_stride = count(row_stride, "row_stride");
-  p.splits = splits(rows, logits_forward_splits(type, p.vocab));
+  p.splits = splits(rows, logits_logps_splits(type, p.vocab));
   p.map = logit_map(scale, softcap, temperature);
   const bool empty = rows == 0;
   p.logits = pointer<const void>(logits, "logits", size_of(type), empty);
@@ -126,9 +127,10 @@ void bind_logits_forward(const py::int_& logits, const py::int_& dtype_tag, cons
   p.lse = array<float>(lse, "lse", empty);
   Matrix{reinterpret_cast<uintptr_t>(p.logits), rows, p.vocab, p.row_stride, size_of(type)}.check(
       "row_stride");
-  const int64_t needed = forward_workspace_bytes(dtype_tag, rows_, vocab);
+  const int64_t needed = logits_logps_workspace_bytes(dtype_tag, rows_, vocab);
   if (count(workspace_bytes, "workspace_bytes") < needed) {
-    refuse("workspace_bytes", "should be at least " + std::to_string(needed));
+    refuse("workspace_bytes", "be at least " + std::to_string(needed) + ", got " +
+                                  py::str(workspace_bytes).cast<std::string>());
   }
   char* memory = pointer<char>(workspace, "workspace", 8, needed == 0);
   p.counters = second_launch ? nullptr : reinterpret_cast<unsigned*>(memory);
@@ -136,20 +138,19 @@ void bind_logits_forward(const py::int_& logits, const py::int_& dtype_tag, cons
   const cudaStream_t stream = stream_handle(stream_);
   const int index = device_index(device);
   if (empty) return;
-  const DeviceScope scope(index, "logits_forward");
-  run_logits_forward(p, type, rows, softcap != 0.0, stream);
+  const DeviceScope scope(index, "logits_logps");
+  run_logits_logps(p, type, rows, softcap != 0.0, stream);
 }
 
-void bind_logits_backward(const py::int_& logits, const py::int_& dtype_tag, const py::int_& rows_,
-                          const py::int_& vocab, const py::int_& row_stride, const py::int_& labels,
-                          const py::int_& lse, const py::int_& grad, const py::int_& grad_stride,
-                          const py::int_& grad_scale, double scale, double softcap,
-                          double temperature, const py::int_& out, const py::int_& out_dtype,
-                          const py::int_& out_stride, const py::int_& device,
-                          const py::int_& stream_) {
+void bind_logits_logps_backward(
+    const py::int_& logits, const py::int_& dtype_tag, const py::int_& rows_, const py::int_& vocab,
+    const py::int_& row_stride, const py::int_& labels, const py::int_& lse, const py::int_& grad,
+    const py::int_& grad_stride, const py::int_& grad_scale, double scale, double softcap,
+    double temperature, const py::int_& out, const py::int_& out_dtype, const py::int_& out_stride,
+    const py::int_& device, const py::int_& stream_) {
   const DType type = dtype(dtype_tag, "dtype"), out_type = dtype(out_dtype, "out_dtype");
   const int64_t rows = count(rows_, "rows");
-  LogitsBackwardParams p{};
+  LogitsLogpsBackwardParams p{};
   p.vocab = columns(vocab, "vocab");
   p.row_stride = count(row_stride, "row_stride");
   p.out_stride = count(out_stride, "out_stride");
@@ -158,7 +159,7 @@ void bind_logits_backward(const py::int_& logits, const py::int_& dtype_tag, con
   const bool empty = rows == 0;
   p.logits = pointer<const void>(logits, "logits", size_of(type), empty);
   p.out = pointer<void>(out, "out", size_of(out_type), empty);
-  p.splits = splits(rows, logits_backward_splits(out_type, p.vocab, p.out, p.out_stride));
+  p.splits = splits(rows, logits_logps_backward_splits(out_type, p.vocab, p.out, p.out_stride));
   p.labels = array<const int64_t>(labels, "labels", empty);
   p.lse = array<const float>(lse, "lse", empty);
   p.grad = array<const float>(grad, "grad", empty);
@@ -171,17 +172,17 @@ void bind_logits_backward(const py::int_& logits, const py::int_& dtype_tag, con
   written.check("out_stride");
   Matrix{reinterpret_cast<uintptr_t>(p.grad), rows, 1, p.grad_stride, 4}.check("grad_stride");
   if (rows > 1 && p.out_stride < p.vocab)
-    refuse("out_stride", "rows of out overlap, should be at least vocab");
+    refuse("out_stride", "be at least vocab, got " + std::to_string(p.out_stride));
   const bool in_place =
       p.out == p.logits && type == out_type && (p.out_stride == p.row_stride || rows == 1);
   if (!empty && !in_place && read.overlaps(written)) {
-    refuse("out", "overlaps logits without being the same matrix");
+    refuse("out", "be logits itself or lie apart from it, but they overlap");
   }
   const cudaStream_t stream = stream_handle(stream_);
   const int index = device_index(device);
   if (empty) return;
-  const DeviceScope scope(index, "logits_backward");
-  run_logits_backward(p, type, out_type, rows, softcap != 0.0, stream);
+  const DeviceScope scope(index, "logits_logps_backward");
+  run_logits_logps_backward(p, type, out_type, rows, softcap != 0.0, stream);
 }
 
 void bind_target_logits(const py::int_& hidden, const py::int_& dtype_tag, const py::int_& rows,
@@ -218,7 +219,7 @@ void bind_target_logits(const py::int_& hidden, const py::int_& dtype_tag, const
 }
 
 // The last block's counter in 8 bytes, then pair_losses [pairs].
-int64_t loss_workspace_bytes(const py::int_& pairs) {
+int64_t sequence_loss_workspace_bytes(const py::int_& pairs) {
   return 8 * (1 + integer(pairs, "pairs", 0, kMostBlocks));
 }
 
@@ -233,8 +234,9 @@ void bind_sequence_loss(const py::int_& logps, const py::int_& rows, const py::i
   SequenceLossParams p{};
   p.rows = integer(rows, "rows", 0, kMostElements / 8);
   p.pairs = integer(pairs, "pairs", 0, kMostBlocks);
-  if (!std::isfinite(beta)) refuse("beta", "should be finite");
-  if (!std::isfinite(label_smoothing)) refuse("label_smoothing", "should be finite");
+  if (!std::isfinite(beta)) refuse("beta", "be finite, got " + std::to_string(beta));
+  if (!std::isfinite(label_smoothing))
+    refuse("label_smoothing", "be finite, got " + std::to_string(label_smoothing));
   p.beta = beta;
   p.label_smoothing = label_smoothing;
   p.average = average;
@@ -249,9 +251,10 @@ void bind_sequence_loss(const py::int_& logps, const py::int_& rows, const py::i
   p.rewards = array<float>(rewards, "rewards", empty);
   p.coefficients = array<float>(coefficients, "coefficients", empty);
   p.row_coefficients = array<float>(row_coefficients, "row_coefficients", true);
-  const int64_t needed = loss_workspace_bytes(pairs);
+  const int64_t needed = sequence_loss_workspace_bytes(pairs);
   if (count(workspace_bytes, "workspace_bytes") < needed) {
-    refuse("workspace_bytes", "should be at least " + std::to_string(needed));
+    refuse("workspace_bytes", "be at least " + std::to_string(needed) + ", got " +
+                                  py::str(workspace_bytes).cast<std::string>());
   }
   char* memory = pointer<char>(workspace, "workspace", 8);
   p.counter = reinterpret_cast<unsigned*>(memory);
@@ -281,23 +284,24 @@ PYBIND11_MODULE(FASTDPO_MODULE, m) {
         "one that does.");
   m.def("driver_version", &driver_version,
         "The newest CUDA version that the driver serves, 0 where there is none.");
-  m.def("logits_forward_workspace_bytes", &forward_workspace_bytes, py::kw_only(), arg("dtype"),
-        arg("rows"), arg("vocab"), "The bytes of `workspace` that logits_forward needs.");
-  m.def("sequence_loss_workspace_bytes", &loss_workspace_bytes, py::kw_only(), arg("pairs"),
-        "The bytes of `workspace` that sequence_loss needs.");
-  m.def("logits_forward", &bind_logits_forward, py::kw_only(), arg("logits"), arg("dtype"),
-        arg("rows"), arg("vocab"), arg("row_stride"), arg("labels"), arg("scale"), arg("softcap"),
+  m.def("logits_logps_workspace_bytes", &logits_logps_workspace_bytes, py::kw_only(), arg("dtype"),
+        arg("rows"), arg("vocab"), "The bytes of `workspace` that logits_logps needs.");
+  m.def("sequence_loss_workspace_bytes", &sequence_loss_workspace_bytes, py::kw_only(),
+        arg("pairs"), "The bytes of `workspace` that sequence_loss needs.");
+  m.def("logits_logps", &bind_logits_logps, py::kw_only(), arg("logits"), arg("dtype"), arg("rows"),
+        arg("vocab"), arg("row_stride"), arg("labels"), arg("scale"), arg("softcap"),
         arg("temperature"), arg("logps"), arg("lse"), arg("workspace"), arg("workspace_bytes"),
         arg("second_launch"), arg("device"), arg("stream"),
         "logps [rows] and lse [rows, 2] (float32) of logits [rows, vocab] and labels [rows] "
         "(int64). With second_launch the parts of a row are put together by a launch of their own "
         "instead of by the last block, to the same bits.");
-  m.def("logits_backward", &bind_logits_backward, py::kw_only(), arg("logits"), arg("dtype"),
-        arg("rows"), arg("vocab"), arg("row_stride"), arg("labels"), arg("lse"), arg("grad"),
-        arg("grad_stride"), arg("grad_scale"), arg("scale"), arg("softcap"), arg("temperature"),
-        arg("out"), arg("out_dtype"), arg("out_stride"), arg("device"), arg("stream"),
+  m.def("logits_logps_backward", &bind_logits_logps_backward, py::kw_only(), arg("logits"),
+        arg("dtype"), arg("rows"), arg("vocab"), arg("row_stride"), arg("labels"), arg("lse"),
+        arg("grad"), arg("grad_stride"), arg("grad_scale"), arg("scale"), arg("softcap"),
+        arg("temperature"), arg("out"), arg("out_dtype"), arg("out_stride"), arg("device"),
+        arg("stream"),
         "out [rows, vocab] = grad [rows] (· grad_scale [1] unless 0) · the gradient of "
-        "logits_forward's logps.");
+        "logits_logps's logps.");
   m.def("target_logits", &bind_target_logits, py::kw_only(), arg("hidden"), arg("dtype"),
         arg("rows"), arg("width"), arg("hidden_stride"), arg("weight"), arg("vocab"),
         arg("weight_stride"), arg("bias"), arg("bias_dtype"), arg("labels"), arg("scale"),

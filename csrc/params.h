@@ -24,7 +24,7 @@ struct LogitMap {
   float gain;
 };
 
-struct LogitsForwardParams {
+struct LogitsLogpsParams {
   const void* logits;     // [rows, vocab], row_stride apart
   const int64_t* labels;  // [rows]; negative: no loss, not read; ≥ vocab: NaN
   float* logps;           // [rows]
@@ -38,11 +38,11 @@ struct LogitsForwardParams {
   LogitMap map;
 };
 
-struct LogitsBackwardParams {
+struct LogitsLogpsBackwardParams {
   const void* logits;     // [rows, vocab], row_stride apart
   void* out;              // [rows, vocab], out_stride apart; may be `logits` itself
   const int64_t* labels;  // [rows]; negative: zeros
-  const float* lse;       // [rows, 2], of logits_forward
+  const float* lse;       // [rows, 2], of logits_logps
   const float* grad;      // [rows], grad_stride apart (0: the same for all)
   const float*
       grad_scale;      // [1], multiplies `grad`, on the device so that nobody waits for it; null: 1

@@ -15,9 +15,9 @@ PTX_ARCHITECTURES: tuple[int, ...]
 
 def check_architecture(major: int, minor: int) -> None: ...
 def driver_version() -> int: ...
-def logits_forward_workspace_bytes(*, dtype: int, rows: int, vocab: int) -> int: ...
+def logits_logps_workspace_bytes(*, dtype: int, rows: int, vocab: int) -> int: ...
 def sequence_loss_workspace_bytes(*, pairs: int) -> int: ...
-def logits_forward(
+def logits_logps(
     *,
     logits: int,
     dtype: int,
@@ -36,7 +36,7 @@ def logits_forward(
     device: int,
     stream: int,
 ) -> None: ...
-def logits_backward(
+def logits_logps_backward(
     *,
     logits: int,
     dtype: int,

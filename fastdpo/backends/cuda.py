@@ -159,7 +159,7 @@ def _transform(logit_map: Head | LogitMap) -> tuple[float, float, float]:
 
 def _interleaved(pairs: str) -> bool:
     if pairs not in PAIRS:
-        raise ValueError(f"pairs: should be one of {', '.join(PAIRS)}, got {pairs!r}")
+        raise ValueError(f"pairs should be one of {', '.join(PAIRS)}, got {pairs!r}")
     return pairs == "interleaved"
 
 

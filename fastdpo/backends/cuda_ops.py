@@ -76,7 +76,11 @@ def _target_logits(
 ) -> Tensor:  # [N]
     _check_matrix("hidden", hidden)
     _check_matrix("weight", weight, like=hidden)
-    _require(weight.shape[1] == hidden.shape[1], "weight", f"should have {hidden.shape[1]} columns")
+    _require(
+        weight.shape[1] == hidden.shape[1],
+        "weight",
+        f"have {hidden.shape[1]} columns, got {weight.shape[1]}",
+    )
     if bias is not None:
         bias = _vector("bias", bias, weight.shape[0], hidden)
     labels = _vector("labels", labels, hidden.shape[0], hidden, torch.int64)
@@ -109,11 +113,11 @@ def _logits_logps(
         for shape in ((rows,), (rows, 2))
     )
     with _on(logits) as queue:
-        bytes_ = extension().logits_forward_workspace_bytes(
+        bytes_ = extension().logits_logps_workspace_bytes(
             dtype=_tag(logits), rows=rows, vocab=vocab
         )
         workspace = torch.empty(bytes_, dtype=torch.uint8, device=logits.device)
-        extension().logits_forward(
+        extension().logits_logps(
             logits=logits.data_ptr(), dtype=_tag(logits), rows=rows, vocab=vocab,
             row_stride=logits.stride(0), labels=labels.data_ptr(),
             scale=scale, softcap=softcap, temperature=temperature,
@@ -138,15 +142,17 @@ def _logits_logps_backward(
     _check_matrix("logits", logits)
     rows, vocab = logits.shape
     _check_matrix("out", out)
-    _require(out.shape == logits.shape, "out", f"should be {list(logits.shape)}")
-    _require(out.device == logits.device, "out", f"should be on {logits.device}")
+    _require(
+        out.shape == logits.shape, "out", f"have shape {list(logits.shape)}, got {list(out.shape)}"
+    )
+    _require(out.device == logits.device, "out", f"be on {logits.device}, got {out.device}")
     labels = _vector("labels", labels, rows, logits, torch.int64)
     lse = _vector("lse", lse, (rows, 2), logits, torch.float32)
     _check_vector("grad_logps", grad_logps, rows, logits, torch.float32)
     if grad_scale is not None:
         grad_scale = _vector("grad_scale", grad_scale.reshape(-1), 1, logits, torch.float32)
     with _on(logits) as queue:
-        extension().logits_backward(
+        extension().logits_logps_backward(
             logits=logits.data_ptr(), dtype=_tag(logits), rows=rows, vocab=vocab,
             row_stride=logits.stride(0), labels=labels.data_ptr(), lse=lse.data_ptr(),
             grad=grad_logps.data_ptr(), grad_stride=grad_logps.stride(0),
@@ -206,16 +212,14 @@ def _run_sequence_loss(
     interleaved: bool,
     expand: bool,  # also return the coefficients of the rows
 ) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B], [N] or [0]
-    _require(logps.dim() == 1, "logps", "should have one dimension")
+    _require(logps.dim() == 1, "logps", f"have one dimension, got {logps.dim()}")
     rows, sequences = logps.shape[0], ref_logps.numel()
     logps = _vector("logps", logps, rows, logps, torch.float32)
     if labels is not None:
         labels = _vector("labels", labels, rows, logps, torch.int64)
-    _require(sequences % 2 == 0, "ref_logps", f"should hold pairs, got {sequences}")
+    _require(sequences % 2 == 0, "ref_logps", f"hold pairs, got {sequences}")
     offsets = _vector("offsets", offsets, sequences + 1, logps, torch.int64)
-    _require(
-        ref_logps.is_floating_point(), "ref_logps", f"should be floating, got {ref_logps.dtype}"
-    )
+    _require(ref_logps.is_floating_point(), "ref_logps", f"be floating, got {ref_logps.dtype}")
     ref_logps = _vector("ref_logps", ref_logps.float(), sequences, logps, torch.float32)
     empty = functools.partial(torch.empty, dtype=torch.float32, device=logps.device)
     loss = empty(())
@@ -313,23 +317,23 @@ def _pointer(tensor: Tensor | None) -> int:
 
 def _require(condition: bool, name: str, what: str) -> None:
     if not condition:
-        raise ValueError(f"{name}: {what}")
+        raise ValueError(f"{name} should {what}")
 
 
 def _check_matrix(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """Two dimensions, a served device and dtype, and elements next to each other in a row."""
     served, reason = supports(tensor.device, tensor.dtype)
-    _require(served, name, reason)
-    _require(tensor.dim() == 2, name, f"should have two dimensions, got {tensor.dim()}")
-    _require(tensor.shape[1] > 0, name, "should have at least one column")
+    _require(served, name, f"be of a served device and dtype: {reason}")
+    _require(tensor.dim() == 2, name, f"have two dimensions, got {tensor.dim()}")
+    _require(tensor.shape[1] > 0, name, "have at least one column")
     _require(
         tensor.stride(1) == 1 or tensor.shape[1] == 1,
         name,
-        f"rows should be contiguous, got strides {tensor.stride()}",
+        f"have contiguous rows, got strides {tensor.stride()}",
     )
     if like is not None:
-        _require(tensor.device == like.device, name, f"should be on {like.device}")
-        _require(tensor.dtype == like.dtype, name, f"should be {like.dtype}, got {tensor.dtype}")
+        _require(tensor.device == like.device, name, f"be on {like.device}, got {tensor.device}")
+        _require(tensor.dtype == like.dtype, name, f"be {like.dtype}, got {tensor.dtype}")
 
 
 def _check_vector(
@@ -342,13 +346,9 @@ def _check_vector(
     shape = (shape,) if isinstance(shape, int) else shape
     served = dtype is None and tensor.dtype in _DTYPES
     expected = _names(_DTYPES) if dtype is None else str(dtype)
-    _require(served or tensor.dtype == dtype, name, f"should be {expected}, got {tensor.dtype}")
-    _require(
-        tensor.shape == shape, name, f"should have shape {list(shape)}, got {list(tensor.shape)}"
-    )
-    _require(
-        tensor.device == like.device, name, f"should be on {like.device}, is on {tensor.device}"
-    )
+    _require(served or tensor.dtype == dtype, name, f"be {expected}, got {tensor.dtype}")
+    _require(tensor.shape == shape, name, f"have shape {list(shape)}, got {list(tensor.shape)}")
+    _require(tensor.device == like.device, name, f"be on {like.device}, got {tensor.device}")
 
 
 def _vector(

@@ -48,7 +48,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason=f"compiling csrc/: {NO_NVCC
 
 # Registers a thread for which the kernels were designed: 256 threads a block, and at least 4 blocks
 # a multiprocessor for those that move matrices, 2 for the other.
-MOST_REGISTERS = {"logits_forward": 64, "logits_backward": 64, "target_logits": 64}
+MOST_REGISTERS = {"logits_logps": 64, "logits_logps_backward": 64, "target_logits": 64}
 MOST_REGISTERS_ELSEWHERE = 128
 MOST_SHARED_BYTES = 48 << 10
 
@@ -174,7 +174,7 @@ def test_no_kernel_spills_and_all_fit(built, module):
     names = set()
     for name, registers, stack, shared, local in usage:
         (kernel,) = re.findall(
-            r"\d+(logits_forward|logits_backward|target_logits|sequence_loss)_", name
+            r"\d+(logits_logps_backward|logits_logps|target_logits|sequence_loss)_", name
         )
         names.add(name)
         assert int(local) == 0, f"{name}: {local} bytes of local memory"
@@ -194,7 +194,7 @@ def test_products_and_sums_are_fused_only_where_the_source_says_so(built):
     listing = subprocess.run(
         [tool, "-sass", "-arch", "sm_90", str(built)], capture_output=True, text=True, check=True
     ).stdout
-    backward = [f for f in listing.split("Function : ")[1:] if "logits_backward" in f[:60]]
+    backward = [f for f in listing.split("Function : ")[1:] if "logits_logps_backward" in f[:60]]
     assert len(backward) == 18
     for code in backward:
         name = code.split()[0]
@@ -237,7 +237,7 @@ def test_without_a_gpu_a_launch_is_an_exception_that_names_the_kernel(module):
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, and these addresses are not memory")
-    for op in ("logits_forward", "logits_backward", "target_logits", "sequence_loss"):
+    for op in ("logits_logps", "logits_logps_backward", "target_logits", "sequence_loss"):
         with pytest.raises(RuntimeError, match=rf"^{op}: cudaError\w+: "):
             getattr(module, op)(**refusals.accepted(op))
 
@@ -324,7 +324,7 @@ def test_a_changed_header_rebuilds_what_includes_it_and_nothing_else(checkout):
     csrc = checkout.root / "csrc"
     sources = [path for path in csrc.iterdir() if path.suffix in (".cu", ".cpp")]
     headers = [path for path in csrc.iterdir() if path.suffix in (".cuh", ".h")]
-    assert included("logits_forward.cu") >= {"online_sum.cuh", "common.cuh"}
+    assert included("logits_logps.cu") >= {"online_sum.cuh", "common.cuh"}
     ninja = [setup_py.find_ninja(), "-C", str(checkout.objects), "-n"]
     for header in headers:
         before = header.stat()

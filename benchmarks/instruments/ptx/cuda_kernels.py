@@ -156,8 +156,8 @@ def _of_loss(p: Any, _blocks: int, _types: list[int]) -> list[Rows]:
 
 
 _KERNELS = {
-    "logits_forward": (_FORWARD, _of_forward), "logits_backward": (_BACKWARD, _of_backward),
-    "logits_forward_combine": (_FORWARD, _of_combine),
+    "logits_logps": (_FORWARD, _of_forward), "logits_logps_backward": (_BACKWARD, _of_backward),
+    "logits_logps_combine": (_FORWARD, _of_combine),
     "target_logits": (_TARGET, _of_target), "sequence_loss": (_LOSS, _of_loss),
 }  # fmt: skip
 

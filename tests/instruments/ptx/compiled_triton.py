@@ -118,7 +118,7 @@ def test_any_order_of_blocks_and_arrivals_gives_the_same_bits(executor):
 
 
 @pytest.mark.parametrize("dtype", [bf16, pytest.param(f32, marks=pytest.mark.slow)], ids=str)
-def test_logits_forward_and_backward(dtype):
+def test_logits_logps_and_its_gradient(dtype):
     for vocab, offset in ((50, 0), (5003, 1)):
         logits, labels = cases.logits_and_labels(dtype, 3, vocab, ignored=(1,), offset=offset)
         for transform in ({}, {"scale": 1.5, "softcap": 20.0, "temperature": 1.3}):

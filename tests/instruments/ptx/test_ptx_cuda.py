@@ -41,7 +41,7 @@ def cuda(executed):
 
 @pytest.mark.parametrize("transform", [{}, SOFTCAP], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_forward_and_backward(cuda, dtype, transform):
+def test_logits_logps_and_its_gradient(cuda, dtype, transform):
     for vocab in (1, 9, 4099, STRETCH // dtype.itemsize + 5):
         logits, labels = cases.logits_and_labels(dtype, 4, vocab, ignored=(1,))
         labels[0], labels[2] = 0, vocab - 1
@@ -178,11 +178,11 @@ def broken(executed, kernel: str, pattern: str, replacement: str | None) -> cuda
 @pytest.mark.parametrize(
     ("kernel", "pattern", "replacement", "fault"),
     [
-        ("logits_forward", "bar.sync", None, (Race, Uninitialised)),
+        ("logits_logps", "bar.sync", None, (Race, Uninitialised)),
         ("sequence_loss", "bar.sync", None, (Race, Uninitialised)),
-        ("logits_forward", "sub.rn", "add.rn", AssertionError),
-        ("logits_backward", "add.s64", "sub.s64", OutOfBounds),
-        ("logits_backward", "ex2", "rcp", AssertionError),
+        ("logits_logps", "sub.rn", "add.rn", AssertionError),
+        ("logits_logps_backward", "add.s64", "sub.s64", OutOfBounds),
+        ("logits_logps_backward", "ex2", "rcp", AssertionError),
         ("target_logits", "add.rn", "sub.rn", AssertionError),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_read_past_a_row_is_noticed(executed, monkeypatch):
         found = whole(p, blocks, types)
         return [found[0]._replace(length=found[0].length - 1), *found[1:]]
 
-    monkeypatch.setitem(cuda_kernels._KERNELS, "logits_forward", (cuda_kernels._FORWARD, short))
+    monkeypatch.setitem(cuda_kernels._KERNELS, "logits_logps", (cuda_kernels._FORWARD, short))
     with cuda_kernels.installed(executed) as cuda:
         for vocab in (1, 8, 999, 4096):
             logits, labels = cases.logits_and_labels(torch.bfloat16, 1, vocab)

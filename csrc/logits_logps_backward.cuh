@@ -13,7 +13,7 @@
 
 namespace fastdpo {
 
-namespace logits_backward {
+namespace logits_logps_backward {
 
 constexpr int kLoads = 4;
 constexpr int kStretchBytes = 64 << 10;  // of `out`, written by one block
@@ -95,12 +95,13 @@ __device__ __forceinline__ void write_same_type(const T* logits, T* out, int beg
   }
 }
 
-}  // namespace logits_backward
+}  // namespace logits_logps_backward
 
 // One block per (row, stretch of out), stretches of a row next to each other.
 template <class In, class Out, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads) logits_backward_kernel(const LogitsBackwardParams p) {
-  using namespace logits_backward;
+__global__ void __launch_bounds__(kThreads)
+    logits_logps_backward_kernel(const LogitsLogpsBackwardParams p) {
+  using namespace logits_logps_backward;
   const int64_t row = blockIdx.x / static_cast<unsigned>(p.splits);
   const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.splits));
   Out* out = static_cast<Out*>(p.out) + row * p.out_stride;

@@ -17,7 +17,7 @@
 
 namespace fastdpo {
 
-namespace logits_forward {
+namespace logits_logps {
 
 constexpr int kLoads = 4;  // vectors in flight per thread
 constexpr int kStretchBytes =
@@ -65,8 +65,8 @@ __device__ __forceinline__ OnlineSum sum_stretch(const T* row, int begin, int en
 
 // By one thread. The label's own logit is read only now, so that no block waits for it first.
 template <class T, bool kSoftcap>
-__device__ __forceinline__ void write_row(const LogitsForwardParams& p, int64_t row,
-                                          const T* logits, int64_t label, const OnlineSum& total) {
+__device__ __forceinline__ void write_row(const LogitsLogpsParams& p, int64_t row, const T* logits,
+                                          int64_t label, const OnlineSum& total) {
   // A label outside the vocabulary is loud, and never read.
   const float own =
       label < p.vocab ? map_logit<kSoftcap>(p.map, Element<T>::load(logits + label)) : NAN;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_row(const LogitsForwardParams& p, int64_t 
 
 // Likewise, once all blocks of the row have left their partial sums.
 template <class T, bool kSoftcap>
-__device__ __forceinline__ void combine_row(const LogitsForwardParams& p, int64_t row,
+__device__ __forceinline__ void combine_row(const LogitsLogpsParams& p, int64_t row,
                                             const T* logits, int64_t label) {
   OnlineSum total;
   for (int i = 0; i < p.splits; ++i) {
@@ -90,12 +90,12 @@ __device__ __forceinline__ void combine_row(const LogitsForwardParams& p, int64_
   write_row<T, kSoftcap>(p, row, logits, label, total);
 }
 
-}  // namespace logits_forward
+}  // namespace logits_logps
 
 // One block per (row, stretch), stretches of a row next to each other.
 template <class T, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads) logits_forward_kernel(const LogitsForwardParams p) {
-  using namespace logits_forward;
+__global__ void __launch_bounds__(kThreads) logits_logps_kernel(const LogitsLogpsParams p) {
+  using namespace logits_logps;
   FASTDPO_SHARED(float, scratch, 2 * kWarps);
   const int64_t row = blockIdx.x / static_cast<unsigned>(p.splits);
   const int split = static_cast<int>(blockIdx.x % static_cast<unsigned>(p.splits));
@@ -120,9 +120,8 @@ __global__ void __launch_bounds__(kThreads) logits_forward_kernel(const LogitsFo
 
 // The second launch: one thread per row.
 template <class T, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads)
-    logits_forward_combine_kernel(const LogitsForwardParams p) {
-  using namespace logits_forward;
+__global__ void __launch_bounds__(kThreads) logits_logps_combine_kernel(const LogitsLogpsParams p) {
+  using namespace logits_logps;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.rows) return;
   const int64_t label = p.labels[row];
