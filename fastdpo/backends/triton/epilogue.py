@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..contract import COLLISION_SHIFT
-from .language import exponential, head_curve
+from .language import exponential, head_curve, times_slope
 
 _NO_LOGIT = tl.constexpr(float("-inf"))
 _LEAST = tl.constexpr(-3.4028234663852886e38)
@@ -104,6 +104,53 @@ def add_sums(
     if TOP:
         top = tl.maximum(top, tl.max(shifted, 1) + anchor)
     return total, entropy, collision, logits, top
+
+
+@triton.jit
+def tile_epilogue(
+    products,  # [M, BLOCK_V] fp32
+    bias_ptr,  # [V] or None
+    out,  # E: a descriptor of blocks [M, BLOCK_V / CHUNKS], a pointer, or None
+    out_stride,  # of a pointer
+    K,  # E's columns, behind a pointer
+    anchor,  # [M] fp32
+    label,  # [M]
+    rows,  # [M]
+    mask,  # [M]: the rows that are stored, behind a pointer
+    first_row,
+    first_column,
+    V,
+    inner,
+    outer,
+    DESCRIPTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLLISION: tl.constexpr,
+    LOGITS: tl.constexpr,
+    TOP: tl.constexpr,
+    EVEN_V: tl.constexpr,
+):
+    """The sums of one tile, five times [M], and its part of E, if asked for, on its way."""
+    CHUNK: tl.constexpr = products.shape[1] // CHUNKS
+    sums = no_sums(products.shape[0])
+    chunks = column_chunks(products, CHUNKS)
+    for c in tl.static_range(CHUNKS):
+        start = first_column + c * CHUNK
+        # No branch around a whole tile: Triton 3.6 cannot compile one on sm_100.
+        if CHUNKS == 1 or start < V:
+            columns = start + tl.arange(0, CHUNK)
+            e, shifted, t, factor = exponentials(
+                chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
+            )
+            sums = add_sums(sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP)
+            if out is not None:
+                if DESCRIPTOR:
+                    out.store([first_row, start], times_slope(e, t, outer).to(out.dtype))
+                else:
+                    place = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+                    stored = times_slope(e, t, outer).to(out.dtype.element_ty)
+                    tl.store(place, stored, mask=mask[:, None] & (columns < K)[None, :])
+    return sums
 
 
 @triton.jit

@@ -12,14 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import (
-    add_sums,
-    column_chunks,
-    exponentials,
-    no_sums,
-    store_sums,
-)
-from .language import product_tile, tile_position, times_slope
+from .epilogue import store_sums, tile_epilogue
+from .language import product_tile, tile_position
 
 
 @triton.heuristics(
@@ -63,7 +57,6 @@ def exp_logits_pointers(
     row_tiles = tl.cdiv(N, BLOCK_M)
     column_tiles = tl.cdiv(V, BLOCK_V)
     row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
-    CHUNK: tl.constexpr = BLOCK_V // CHUNKS
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     products = product_tile(
         hidden_ptr, weight_ptr, hidden_stride, weight_stride, weight_depth_stride,
@@ -74,20 +67,11 @@ def exp_logits_pointers(
     mask = rows < N
     label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
     anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
-    sums = no_sums(BLOCK_M)
-    chunks = column_chunks(products, CHUNKS)
-    for c in tl.static_range(CHUNKS):
-        start = column_tile * BLOCK_V + c * CHUNK
-        if CHUNKS == 1 or start < V:
-            columns = start + tl.arange(0, CHUNK)
-            e, shifted, t, factor = exponentials(
-                chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
-            )
-            sums = add_sums(sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP)
-            if out_ptr is not None:
-                place = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-                stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
-                tl.store(place, stored, mask=mask[:, None] & (columns < K)[None, :])
+    sums = tile_epilogue(
+        products, bias_ptr, out_ptr, out_stride, K, anchor, label, rows, mask,
+        row_tile * BLOCK_M, column_tile * BLOCK_V, V, inner, outer,
+        False, CHUNKS, ENTROPY, COLLISION, LOGITS, TOP, EVEN_V,
+    )  # fmt: skip
     here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
     quantity_stride = tl.cast(column_tiles, tl.int64) * N
     store_sums(here, quantity_stride, mask, sums, ENTROPY, COLLISION, LOGITS, TOP)

@@ -15,14 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import (
-    add_sums,
-    column_chunks,
-    exponentials,
-    no_sums,
-    store_sums,
-)
-from .language import product_tile, times_slope
+from .epilogue import store_sums, tile_epilogue
+from .language import product_tile
 
 _FLAGS_AT_ONCE = tl.constexpr(4096)
 
@@ -79,7 +73,6 @@ def exp_logits_reanchored(
         return
     column_tiles = tl.cdiv(V, BLOCK_V)
     quantity_stride = tl.cast(column_tiles, tl.int64) * N
-    CHUNK: tl.constexpr = BLOCK_V // CHUNKS
     for row_start in range(0, N, BLOCK_M):
         rows = row_start + tl.arange(0, BLOCK_M)
         mask = tl.load(reanchored_ptr + rows, mask=rows < N, other=0).to(tl.int32) > 0
@@ -98,24 +91,11 @@ def exp_logits_reanchored(
                     rows, start + tl.arange(0, BLOCK_V), N, V, D, BLOCK_D, EVEN_V, EVEN_D,
                     PRECISION,
                 )  # fmt: skip
-                sums = no_sums(BLOCK_M)
-                chunks = column_chunks(products, CHUNKS)
-                for c in tl.static_range(CHUNKS):
-                    first = start + c * CHUNK
-                    if CHUNKS == 1 or first < V:
-                        columns = first + tl.arange(0, CHUNK)
-                        e, shifted, t, factor = exponentials(
-                            chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
-                        )
-                        sums = add_sums(
-                            sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP
-                        )
-                        if out_ptr is not None:
-                            place = (
-                                out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-                            )
-                            stored = times_slope(e, t, outer).to(out_ptr.dtype.element_ty)
-                            tl.store(place, stored, mask=mask[:, None] & (columns < K)[None, :])
+                sums = tile_epilogue(
+                    products, bias_ptr, out_ptr, out_stride, K, anchor, label, rows, mask,
+                    row_start, start, V, inner, outer,
+                    False, CHUNKS, ENTROPY, COLLISION, LOGITS, TOP, EVEN_V,
+                )  # fmt: skip
                 here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
                 if MAXIMA:
                     tl.store(here, sums[4], mask=mask)

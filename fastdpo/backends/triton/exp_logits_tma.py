@@ -22,14 +22,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import (
-    add_sums,
-    column_chunks,
-    exponentials,
-    no_sums,
-    store_sums,
-)
-from .language import multiply_add, tile_position, times_slope
+from .epilogue import store_sums, tile_epilogue
+from .language import multiply_add, tile_position
 
 
 @triton.heuristics({"EVEN_V": lambda args: args["V"] % args["BLOCK_V"] == 0})
@@ -65,7 +59,6 @@ def exp_logits_tma(
     depth_tiles = tl.cdiv(D, BLOCK_D)
     # Without this the flattened loop is compiled twice, once for D = 0, and spills.
     tl.assume(depth_tiles > 0)
-    CHUNK: tl.constexpr = BLOCK_V // CHUNKS
     for tile in tl.range(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN
     ):
@@ -80,21 +73,11 @@ def exp_logits_tma(
         mask = rows < N
         label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
         anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
-        sums = no_sums(BLOCK_M)
-        chunks = column_chunks(products, CHUNKS)
-        for c in tl.static_range(CHUNKS):
-            start = column_tile * BLOCK_V + c * CHUNK
-            # No branch around a whole tile: Triton 3.6 cannot compile one on sm_100.
-            if CHUNKS == 1 or start < V:
-                columns = start + tl.arange(0, CHUNK)
-                e, shifted, t, factor = exponentials(
-                    chunks[c], bias_ptr, anchor, label, columns, V, inner, outer, EVEN_V
-                )
-                sums = add_sums(
-                    sums, e, shifted, t, factor, anchor, ENTROPY, COLLISION, LOGITS, TOP
-                )
-                if out is not None:
-                    out.store([row_tile * BLOCK_M, start], times_slope(e, t, outer).to(out.dtype))
+        sums = tile_epilogue(
+            products, bias_ptr, out, 0, 0, anchor, label, rows, mask,
+            row_tile * BLOCK_M, column_tile * BLOCK_V, V, inner, outer,
+            True, CHUNKS, ENTROPY, COLLISION, LOGITS, TOP, EVEN_V,
+        )  # fmt: skip
         here = partial_ptr + tl.cast(column_tile, tl.int64) * N + rows
         quantity_stride = tl.cast(column_tiles, tl.int64) * N
         store_sums(here, quantity_stride, mask, sums, ENTROPY, COLLISION, LOGITS, TOP)
