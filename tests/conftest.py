@@ -13,8 +13,11 @@ if not torch.cuda.is_available():
     # without it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter
 import pytest
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.patch_once_a_launch()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import interpreter
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
@@ -46,6 +47,8 @@ class Processes:
 
 def _serve(rank: int, size: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreter.patch_once_a_launch()
     # As torchrun does: transformers looks there.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)

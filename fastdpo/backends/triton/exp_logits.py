@@ -53,6 +53,8 @@ from .settle_ties import settle_ties
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _SPLITS = 8  # programs that share a row in `settle_ties`
 _SETTLE = {"BLOCK_C": 8, "BLOCK_D": 256}
+# Few steps in the interpreter, which takes one after the other.
+_SPLITS_INTERPRETED, _SETTLE_INTERPRETED = 1, {"BLOCK_C": 32, "BLOCK_D": 64}
 _OPERANDS = (
     "hidden_ptr", "weight_ptr", "hidden_stride", "weight_stride", "weight_depth_stride",
 )  # fmt: skip
@@ -188,8 +190,8 @@ def plan(
     if "is_top1" in asked:
         index = _position(asked, "is_top1")
         tiles_maxima = partial[index * column_tiles * rows :][: column_tiles * rows]
-        # Few in the interpreter, which takes one after the other.
-        splits = 1 if target.arch == "interpreter" else _SPLITS
+        interpreted = target.arch == "interpreter"
+        splits = _SPLITS_INTERPRETED if interpreted else _SPLITS
         ties = Ties(anchor.new_empty(rows), anchor.new_empty(2 * splits, rows))
         settling: dict[str, Any] = {
             **{name: pointers[name] for name in _OPERANDS}, "bias_ptr": head.bias,
@@ -197,7 +199,7 @@ def plan(
             "top_ptr": sums[index], "maxima_ptr": tiles_maxima, "own_ptr": ties.own,
             "settled_ptr": ties.settled, "N": rows, "V": vocabulary, "D": hidden.shape[1],
             "T": column_tiles, "inner": inner, "outer": outer, "BLOCK_V": tile.columns,
-            **_SETTLE, "SPLITS": splits,
+            **(_SETTLE_INTERPRETED if interpreted else _SETTLE), "SPLITS": splits,
         }  # fmt: skip
         # Before flagged rows' maxima take the others' place; they have nothing to settle.
         first.append(Launch(settle_ties, (rows, splits), settling))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,18 +35,12 @@ def compiled(arch: str, path: str, *selection: str) -> subprocess.CompletedProce
     )
 
 
-@cache
-def all_compiled(*test: str) -> dict[str, subprocess.CompletedProcess[str]]:
-    """The architectures side by side."""
-    with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda arch: compiled(arch, *test), ARCHITECTURES)
-        return dict(zip(ARCHITECTURES, done, strict=True))
-
-
 @pytest.fixture(params=ARCHITECTURES)
 def passes(request):
+    """Each architecture by itself: the workers of a parallel run share them."""
+
     def check(*test: str) -> None:
-        done = all_compiled(*test)[request.param]
+        done = compiled(request.param, *test)
         assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
         assert " passed" in done.stdout
 
