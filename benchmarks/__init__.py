@@ -5,7 +5,9 @@ python -m benchmarks.workspace  time and memory against `workspace_bytes`
 python -m benchmarks.accuracy   log-probabilities and gradients against fp64
 python -m benchmarks.kernels    each primitive against its floor
 python -m benchmarks.step       a whole training step of a Hugging Face model
-python -m benchmarks.counted    the memory of a step at real sizes, counted without a GPU
+python -m benchmarks.memory     the memory of a step at real sizes, counted without a GPU
 python -m benchmarks.report     docs/benchmarks.md and the README's table from the others' JSON
 benchmarks/gpu.sh OUT           as much of it as ten minutes on a GPU hold
+
+A folder a kind: `command.py` is what `python -m` runs, `shown.py` what it prints, writes and draws.
 """

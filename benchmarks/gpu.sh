@@ -142,7 +142,7 @@ tests() {
 profile() {
   # The clocks stay as they are.
   within ncu --clock-control none --set full -k regex:exp_logits -c 1 \
-    "$python" -m benchmarks.exp_logits_once
+    "$python" -m benchmarks.kernels.one_launch
 }
 
 if [ $device = cuda ] && ! "$python" -c 'import sys, torch

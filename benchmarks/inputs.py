@@ -90,7 +90,7 @@ def make_inputs(
             h += torch.where(points, along, torch.zeros((), device=device))
         hidden[s] = h
         ref_hidden[s] = h + _REFERENCE_NOISE * random(length, size)
-    labels[:, : length - scenario.carrying // count] = IGNORE_INDEX
+    labels[:, : length - scenario.loss_tokens // count] = IGNORE_INDEX
     inputs = Inputs(
         scenario,
         hidden,

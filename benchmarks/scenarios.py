@@ -84,7 +84,7 @@ class Scenario:
         return self.tokens // self.sequences
 
     @property
-    def carrying(self) -> int:
+    def loss_tokens(self) -> int:
         """N: positions of the batch that carry loss."""
         return self.sequences * max(1, round(self.share * self.length))
 
@@ -114,7 +114,7 @@ class Scenario:
             "hidden_size": self.shape.hidden_size,
             "vocab_size": self.shape.vocab_size,
             "softcap": self.shape.softcap,
-            "carrying": self.carrying,
+            "loss_tokens": self.loss_tokens,
             "units": self.units,
         }
 

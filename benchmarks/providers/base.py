@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy.oracle import Expected, dpo_loss
 from benchmarks.inputs import Inputs
-from benchmarks.oracle import Expected, dpo_loss
 from benchmarks.scenarios import Scenario
 
 

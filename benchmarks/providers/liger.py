@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.accuracy.oracle import Expected
 from benchmarks.inputs import BETA, IGNORE_INDEX, Inputs
-from benchmarks.oracle import Expected
 from benchmarks.providers.base import Provider, missing, no_compiler
 from benchmarks.scenarios import Scenario
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import fastdpo
+from benchmarks.accuracy.oracle import Expected
 from benchmarks.inputs import BETA, IGNORE_INDEX, Inputs
-from benchmarks.oracle import Expected
 from benchmarks.providers.base import Provider
 from fastdpo.backends import select
 from fastdpo.loss import linear_dpo_loss, linear_logps

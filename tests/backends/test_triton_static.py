@@ -33,7 +33,7 @@ from benchmarks.instruments.ahead_of_time import (
 from fastdpo.backends.triton.configs import CONFIGS, pick, pick_plain, supported_arch
 from fastdpo.backends.triton.exp_logits import STATS
 
-static = pytest.importorskip("benchmarks.kernels_static")
+static = pytest.importorskip("benchmarks.kernels.compiled")
 
 ESSENTIAL = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 BULK = ("sm_90", "sm_100")  # architectures with a tensor memory accelerator and a tile for it
@@ -205,7 +205,7 @@ def test_the_model_knows_every_kernel_and_the_length_of_the_epilogue():
         if k.kernel == MAIN[0] and k.variant.startswith("half") and "few" not in k.variant:
             rows, columns, _ = map(int, k.tile.split("×"))
             counted = k.instructions * k.warps / (rows * columns)
-            modelled = static.kernels_model.EPILOGUE["out" in k.variant, "softcap" in k.variant]
+            modelled = static.traffic.EPILOGUE["out" in k.variant, "softcap" in k.variant]
             assert modelled == pytest.approx(counted, rel=0.1), k
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import accuracy
+from benchmarks.accuracy import command as accuracy
+from benchmarks.accuracy.oracle import accuracy_record, dpo_loss, oracle
 from benchmarks.inputs import BETA, IGNORE_INDEX, make_inputs
-from benchmarks.oracle import accuracy_record, dpo_loss, oracle
+from benchmarks.loss.runner import why_not
 from benchmarks.providers import BASELINES, by_name, registry
 from benchmarks.providers.base import missing
 from benchmarks.providers.eager import Eager
-from benchmarks.runner import why_not
 from benchmarks.scenarios import Scenario
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_the_oracle_is_autograd_in_fp64(head, trains):
 
 def test_inputs_are_a_trained_models_and_masked_as_asked():
     inputs = make_inputs(Scenario("tiny", 400, share=0.25, dtype="fp32", sequences=4), CPU)
-    assert inputs.mask.sum().item() == inputs.scenario.carrying == 100
+    assert inputs.mask.sum().item() == inputs.scenario.loss_tokens == 100
     assert not inputs.mask[:, :75].any()
     token_logps = oracle(inputs).token_logps[inputs.mask]
     assert (token_logps > -1).double().mean() > 0.5  # most labels are likely ...

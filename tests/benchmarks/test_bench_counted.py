@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counted, documents, plots, sections
 from benchmarks.environment import environment
+from benchmarks.memory import command as counted
+from benchmarks.memory import shown
 from benchmarks.providers import by_name
+from benchmarks.report import documents
 from benchmarks.scenarios import Scenario
 
 pytest.importorskip("triton")
@@ -58,22 +60,22 @@ def test_the_document_its_section_and_its_plot(tmp_path):
     scenarios = [Scenario("mistral-7b", tokens) for tokens in (4096, 8192)]
     rows = [counted.row(p, s) for s in scenarios for p in by_name(["fastdpo", "eager", "cce"])]
     doc = documents.document("counted", "Memory", environment(torch.device("cpu")), {}, rows)
-    text = sections.counted(doc)
+    text = shown.markdown(doc)
     assert "| scenario | `fastdpo` | `eager` |" in text  # not cce, which is absent everywhere
     assert "nothing was measured" in text
     assert "needs more: nowhere here" in text
     for r in rows:
         if r["provider"] == "eager":
             r["extra_bytes"] = 1
-    assert "needs more: than `eager` on mistral-7b 4k 100% head bf16" in sections.counted(doc)
-    plots.counted(doc, tmp_path / "plot.png")
+    assert "needs more: than `eager` on mistral-7b 4k 100% head bf16" in shown.markdown(doc)
+    shown.plot(doc, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_the_command(tmp_path):
     command = ["--head", "tiny", "--tokens", "64", "--providers", "fastdpo", "eager"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.counted", *command, "--out", tmp_path / "counted"],
+        [sys.executable, "-m", "benchmarks.memory", *command, "--out", tmp_path / "counted"],
         cwd=ROOT,
         capture_output=True,
         text=True,

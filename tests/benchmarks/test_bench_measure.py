@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import max_tokens, memory
-from benchmarks.floor import products
 from benchmarks.inputs import make_inputs
+from benchmarks.loss import longest_pair
+from benchmarks.loss.floor import products
 from benchmarks.measure import Deadline, Protocol, interleaved, quantiles, timed
+from benchmarks.memory import extra
 from benchmarks.providers import BASELINES
 from benchmarks.scenarios import Scenario, from_dict
 
@@ -106,7 +107,7 @@ def test_the_floor_runs_the_products_of_the_step_and_no_others(trains, names):
         for step in steps.values():
             step(0)
     shape = scenario.shape
-    one = 2 * scenario.carrying * shape.vocab_size * shape.hidden_size
+    one = 2 * scenario.loss_tokens * shape.vocab_size * shape.hidden_size
     assert counter.get_total_flops() == one * len(names) == one * scenario.units
 
 
@@ -114,7 +115,7 @@ def test_extra_memory_of_eager_is_what_it_writes():
     # Forward alone: the logits and their log_softmax, and nothing else of that size.
     scenario = Scenario("mistral-vocab-d1024", 256, dtype="fp32", sequences=2, trains="forward")
     written = 2 * 4 * scenario.tokens * scenario.shape.vocab_size
-    assert 0.9 * written < memory.on_cpu(BASELINES[False], scenario) < 1.2 * written
+    assert 0.9 * written < extra.on_cpu(BASELINES[False], scenario) < 1.2 * written
 
 
 def test_a_failing_process_tells_why():
@@ -122,12 +123,12 @@ def test_a_failing_process_tells_why():
         name = "nobody"
 
     with pytest.raises(RuntimeError, match="nobody"):
-        memory.on_cpu(Nobody(), Scenario("tiny", 16, sequences=2))
+        extra.on_cpu(Nobody(), Scenario("tiny", 16, sequences=2))
 
 
 @pytest.mark.parametrize("limit", [100, 256, 1000, 5000, 65_536])
 def test_the_longest_pair_is_found_to_a_sixteenth(limit):
-    found = max_tokens.longest(lambda n: n <= limit)
+    found = longest_pair.longest(lambda n: n <= limit)
     assert found <= limit
     assert found >= (0 if limit < 256 else limit * 15 / 16)
 
@@ -137,22 +138,22 @@ def test_the_longest_pair_counts_inputs_and_gradients():
     scenario = Scenario("tiny", 64, dtype="fp32", sequences=2)
     inputs = make_inputs(scenario, CPU)
     least = 2 * (inputs.weight.nbytes + inputs.hidden.nbytes)
-    assert not max_tokens.fits(eager, scenario, CPU, least - 1)
-    assert max_tokens.fits(eager, scenario, CPU, 1 << 30)
+    assert not longest_pair.fits(eager, scenario, CPU, least - 1)
+    assert longest_pair.fits(eager, scenario, CPU, 1 << 30)
 
 
 def test_sizes():
-    assert max_tokens.parse_bytes("16GiB") == 16 << 30
-    assert max_tokens.parse_bytes("1.5MiB") == 3 << 19
-    assert max_tokens.parse_bytes("123") == 123
+    assert longest_pair.parse_bytes("16GiB") == 16 << 30
+    assert longest_pair.parse_bytes("1.5MiB") == 3 << 19
+    assert longest_pair.parse_bytes("123") == 123
     for bad in ("16GB", "GiB", "much"):
         with pytest.raises(ValueError, match="16GiB"):
-            max_tokens.parse_bytes(bad)
+            longest_pair.parse_bytes(bad)
 
 
 def test_scenarios():
     scenario = Scenario("llama-3-8b", 8192, share=0.25)
-    assert (scenario.carrying, scenario.length, scenario.units) == (2048, 1024, 3)
+    assert (scenario.loss_tokens, scenario.length, scenario.units) == (2048, 1024, 3)
     assert from_dict(scenario.as_dict()) == scenario
     assert Scenario("tiny", 8, trains="frozen", reference="forward").units == 3
     for wrong in (

@@ -11,22 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    accuracy,
-    documents,
-    headline,
-    loss,
-    plots,
-    report,
-    runner,
-    sections,
-    workspace,
-)
+from benchmarks.accuracy import command as accuracy
 from benchmarks.environment import environment
+from benchmarks.loss import command as loss
+from benchmarks.loss import runner
 from benchmarks.measure import Deadline, Protocol
-from benchmarks.promises import by_dtype
 from benchmarks.providers.base import missing
+from benchmarks.report import command as report
+from benchmarks.report import documents, readme_table
 from benchmarks.scenarios import Scenario
+from benchmarks.workspace import command as workspace
+from benchmarks.workspace import shown
+from benchmarks.workspace.limits import by_dtype
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -189,13 +185,13 @@ def test_the_documented_figures_are_those_of_the_results():
     assert section == report.render(docs), "run python -m benchmarks.report --write"
     markers = report.HEADLINE_BEGIN, report.HEADLINE_END
     table = report.section_of(report.README.read_text(), *markers)
-    assert table == headline.table(docs), "run python -m benchmarks.report --write"
+    assert table == readme_table.table(docs), "run python -m benchmarks.report --write"
 
 
 def test_the_headline_has_every_row_and_a_peer_that_is_faster():
     docs = documents.load_all()
-    rows = headline.table(docs).splitlines()
-    assert len(rows) == 2 + len(headline.ROWS) == 7
+    rows = readme_table.table(docs).splitlines()
+    assert len(rows) == 2 + len(readme_table.ROWS) == 7
     loss = docs["cpu-loss"]
     name = "llama-3-vocab-d512 512 100% head bf16"
     peers = [
@@ -208,11 +204,13 @@ def test_the_headline_has_every_row_and_a_peer_that_is_faster():
     (row,) = [row for row in rows if "bf16, 512 tokens" in row]
     assert f"`{fastest['provider']}`" in row
     without = {k: d for k, d in docs.items() if k != "counted"}
-    assert len(headline.table(without).splitlines()) == 5  # nothing is claimed that is not there
+    assert (
+        len(readme_table.table(without).splitlines()) == 5
+    )  # nothing is claimed that is not there
 
 
 def test_every_kind_of_document_has_a_section():
-    assert set(sections.RENDER) == set(documents.KINDS)
+    assert set(report.MARKDOWN) == set(documents.KINDS)
 
 
 def test_the_accuracy_section_shows_the_longest_sequences_that_were_measured():
@@ -251,7 +249,7 @@ def test_kernels_section():
 
 
 def test_the_workspace_sweep_and_its_plots(tmp_path, monkeypatch):
-    monkeypatch.setattr(workspace.memory, "extra_bytes", lambda provider, inputs: 1 << 20)
+    monkeypatch.setattr(workspace.extra, "extra_bytes", lambda provider, inputs: 1 << 20)
     scenario = Scenario("tiny", 64, dtype="fp32", sequences=4)
     rows = workspace.measure(scenario, CPU, QUICK, fractions=(0.0, 0.5, 1.0))
     assert [r["provider"] for r in rows] == ["eager", "default", "0 of E", "0.5 of E", "1 of E"]
@@ -263,7 +261,7 @@ def test_the_workspace_sweep_and_its_plots(tmp_path, monkeypatch):
     workspace.save_csv(rows, tmp_path / "w.csv")
     assert len((tmp_path / "w.csv").read_text().splitlines()) == 1 + len(rows)
     doc = documents.document("workspace", "Workspace", environment(CPU), {}, rows)
-    plots.workspace(doc, tmp_path / "w.png")
+    shown.plot(doc, tmp_path / "w.png")
     assert (tmp_path / "w.png").read_bytes().startswith(b"\x89PNG")
     assert "**not kept**" in report.render({"cpu-workspace": doc})
 

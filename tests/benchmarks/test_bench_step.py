@@ -7,9 +7,11 @@ import statistics
 import pytest
 import torch
 
-from benchmarks import documents, plots, report, step
 from benchmarks.environment import environment
-from benchmarks.training import data, loops, models, worker
+from benchmarks.report import command as report
+from benchmarks.report import documents
+from benchmarks.step import command as step
+from benchmarks.step import data, loops, models, shown, worker
 
 CPU = torch.device("cpu")
 LENGTHS = data.SHAPES["ultrafeedback-like"].scaled(0.05)
@@ -107,5 +109,5 @@ def test_rows_documents_and_plot(tmp_path, monkeypatch):
     section = report.render({"cpu-step": doc})
     assert f"{row['pairs_per_second']:.2f}" in section
     assert "`trl` (not installed: trl)" in section
-    plots.losses(doc, tmp_path / "s.png")
+    shown.plot(doc, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

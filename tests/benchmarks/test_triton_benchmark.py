@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-kernels = pytest.importorskip("benchmarks.kernels")
-model = pytest.importorskip("benchmarks.kernels_model")
-steps = pytest.importorskip("benchmarks.kernels_steps")
+kernels = pytest.importorskip("benchmarks.kernels.command")
+model = pytest.importorskip("benchmarks.kernels.traffic")
+steps = pytest.importorskip("benchmarks.kernels.primitives")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -37,19 +37,19 @@ def test_the_model_of_an_h200():
     assert model.nothing_reanchored(8192, 132).bytes == 132 * 8192
 
 
-def test_every_backend_that_serves_a_primitive_is_in_the_contest():
-    found = {c.name: c for c in steps.contests(steps.Shape("tiny", 9), DEVICE)}
+def test_every_backend_that_serves_a_primitive_is_in_the_comparison():
+    found = {c.name: c for c in steps.comparisons(steps.Shape("tiny", 9), DEVICE)}
     assert set(found) == {
         "exp_logits", "exp_logits with E", "target_logits", "logits_logps",
         "logits_logps_backward", "logits_sequence_loss", "sequence_loss",
     }  # fmt: skip
-    for contest in found.values():
-        assert {"torch", "triton"} <= set(contest.steps)
-        peers = {"eager", "compiled"} if contest.name.startswith("logits_") else set()
-        entered = {name.removesuffix(", fused") for name in (*contest.steps, *contest.absent)}
+    for comparison in found.values():
+        assert {"torch", "triton"} <= set(comparison.steps)
+        peers = {"eager", "compiled"} if comparison.name.startswith("logits_") else set()
+        entered = {name.removesuffix(", fused") for name in (*comparison.steps, *comparison.absent)}
         assert entered == {"torch", "triton", "cuda"} | peers
-        assert all(contest.absent.values())
-        for step in (contest.floor, *contest.steps.values()):
+        assert all(comparison.absent.values())
+        for step in (comparison.floor, *comparison.steps.values()):
             step(0)
             step(1)
     assert "cuda" in found["exp_logits"].absent

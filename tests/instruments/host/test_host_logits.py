@@ -147,18 +147,18 @@ def test_any_schedule_gives_the_same_bits(cuda, host, dtype):
 @pytest.mark.parametrize("transform", cases.TRANSFORMS, ids=str)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_the_last_block_and_a_second_launch_agree_to_the_bit(cuda, dtype, transform):
-    carrying = (1, 255, 256, 299)  # the second launch has 256 rows a block
+    with_loss = (1, 255, 256, 299)  # the second launch has 256 rows a block
     for vocab in (1000, 2 * STRETCH // dtype.itemsize + 777):
         logits = torch.randn(vocab).to(dtype).expand(300, vocab)
         labels = torch.full((300,), -100)
-        labels[list(carrying)] = torch.tensor([0, 5, vocab // 2, vocab - 1])
+        labels[list(with_loss)] = torch.tensor([0, 5, vocab // 2, vocab - 1])
         h = cases.head(logits, **transform)
         found = [
             cases.bits(cuda.logits_logps(logits, labels, h, second_launch=second))
             for second in (False, True)
         ]
         cases.assert_same_bits(*found)
-        assert found[0][0][list(carrying)].all()
+        assert found[0][0][list(with_loss)].all()
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

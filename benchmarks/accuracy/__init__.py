@@ -1,0 +1,1 @@
+"""Errors against fp64, and the rule that they are held to."""

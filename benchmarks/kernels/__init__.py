@@ -1,0 +1,1 @@
+"""Each primitive against its floor."""

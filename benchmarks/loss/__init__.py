@@ -1,0 +1,1 @@
+"""The DPO loss step against every peer."""

@@ -1,0 +1,3 @@
+from benchmarks.loss.command import main
+
+main()

@@ -1,0 +1,1 @@
+"""The memory of a step: measured (`extra`), and counted without a GPU."""

@@ -1,0 +1,1 @@
+"""What the others write, and the pages and plots made of it."""

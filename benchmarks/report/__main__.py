@@ -1,0 +1,3 @@
+from benchmarks.report.command import main
+
+main()

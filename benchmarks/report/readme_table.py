@@ -1,0 +1,93 @@
+"""The README's table: a few figures of benchmarks/results, ours beside eager PyTorch's and the best
+peer's, whoever wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from benchmarks.report.terminal import amount, duration
+
+
+class Figure(NamedTuple):
+    """One row: which document, which of its results, and what of them."""
+
+    document: str
+    what: str
+    scenario: str | None  # None: the document is about one
+    measure: Callable[[dict[str, Any]], float]
+    shown: Callable[[float], str]
+
+
+def _extra(row: dict[str, Any]) -> float:
+    return row["extra_bytes"]
+
+
+def _median(row: dict[str, Any]) -> float:
+    return row["seconds"]["median"]
+
+
+ROWS = (
+    Figure(
+        "counted",
+        "memory of the loss step, Llama-3-8B's head, bf16, 8,192 tokens",
+        "llama-3-8b 8k 50% head bf16",
+        _extra,
+        amount,
+    ),
+    Figure(
+        "counted",
+        "… of a reference's forward",
+        "llama-3-8b 8k 50% forward bf16",
+        _extra,
+        amount,
+    ),
+    Figure(
+        "cpu-loss",
+        "time of the loss step, V 32,768, D 1,024, fp32, 2,048 tokens",
+        "mistral-vocab-d1024 2k 25% head fp32",
+        _median,
+        duration,
+    ),
+    Figure(
+        "cpu-loss",
+        "… V 128,256, D 512, bf16, 512 tokens",
+        "llama-3-vocab-d512 512 100% head bf16",
+        _median,
+        duration,
+    ),
+    Figure(
+        "cpu-step",
+        "time of a whole step of a tiny model, 4 pairs, fp32",
+        None,
+        _median,
+        duration,
+    ),
+)
+
+
+def table(docs: dict[str, dict[str, Any]]) -> str:
+    """Markdown; a row whose document is not there is left out."""
+    lines = [
+        "| | fastdpo | eager PyTorch | best peer | how |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    lines += [_line(figure, docs[figure.document]) for figure in ROWS if figure.document in docs]
+    return "\n".join(lines)
+
+
+def _line(figure: Figure, doc: dict[str, Any]) -> str:
+    rows = {
+        r["provider"]: figure.measure(r)
+        for r in doc["results"]
+        if r["status"] == "ok"
+        and r["provider"] != "products"
+        and figure.scenario in (None, r.get("scenario", {}).get("name"))
+    }
+    peers = {k: v for k, v in rows.items() if k != "eager" and "fastdpo" not in k}
+    best = min(peers, key=lambda name: peers[name])
+    how = "counted for a GPU" if doc["kind"] == "counted" else "measured on a CPU"
+    cells = (figure.shown(rows[name]) for name in ("fastdpo", "eager"))
+    peer = f"{figure.shown(peers[best])} (`{best}`)"
+    return f"| {' | '.join((figure.what, *cells, peer, how))} |"

@@ -1,0 +1,3 @@
+from benchmarks.step.command import main
+
+main()

@@ -1,0 +1,220 @@
+"""The training loops that are compared. All see the same batches in the same order, the same AdamW
+and the same initial weights; on a GPU under bf16 autocast with fp32 weights, on a CPU in fp32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.inputs import BETA
+from benchmarks.measure import synchronize
+from benchmarks.step import data, models
+
+LEARNING_RATE = 5e-5
+
+
+@dataclass
+class Run:
+    """What a loop reports, step by step."""
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    model: str
+    examples: list[dict[str, list[int]]]
+    batch_size: int  # pairs
+    device: torch.device
+
+    @property
+    def steps(self) -> int:
+        return len(self.examples) // self.batch_size
+
+    def batch(self, step: int) -> list[dict[str, list[int]]]:
+        return self.examples[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+def fastdpo_loop(job: Job) -> Run:
+    """A plain loop over `fastdpo.integrations.hf.dpo_loss`."""
+    from fastdpo.integrations import hf
+
+    return _plain_loop(
+        job, lambda model, ref, batch: hf.dpo_loss(model, batch, ref, beta=BETA).loss
+    )
+
+
+def eager_loop(job: Job) -> Run:
+    """The same loop with the original repository's loss: logits of every position, log_softmax."""
+    return _plain_loop(job, _eager_loss)
+
+
+def _plain_loop(job: Job, loss_of: Callable[[Any, Any, dict[str, Tensor]], Tensor]) -> Run:
+    policy, reference = _models(job)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    run, on_gpu = Run(), job.device.type == "cuda"
+    for step in range(job.steps):
+        batch = data.collate(job.batch(step), job.device)
+        synchronize(job.device)
+        start = time.perf_counter()
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=on_gpu):
+            loss = loss_of(policy, reference, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronize(job.device)
+        run.seconds.append(time.perf_counter() - start)
+        run.losses.append(loss.item())
+    return run
+
+
+def _models(job: Job) -> tuple[torch.nn.Module, torch.nn.Module]:
+    policy = models.build(job.model, job.device)
+    reference = models.build(job.model, job.device).requires_grad_(False).eval()
+    return policy, reference
+
+
+def _eager_loss(policy: Any, reference: Any, batch: dict[str, Tensor]) -> Tensor:
+    def logps(model: Any) -> Tensor:  # [2B]
+        out = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        labels = batch["input_ids"][:, 1:].unsqueeze(-1)
+        tokens = out.logits[:, :-1].float().log_softmax(-1).gather(-1, labels).squeeze(-1)
+        return (tokens * batch["completion_mask"][:, 1:]).sum(-1)
+
+    with torch.no_grad():
+        ref_logps = logps(reference)
+    chosen, rejected = (logps(policy) - ref_logps).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def trl_loop(job: Job) -> Run:
+    """TRL's DPOTrainer as it ships."""
+    return _trl_loop(job, lambda trainer: trainer)
+
+
+def trl_fastdpo_loop(job: Job) -> Run:
+    """TRL's DPOTrainer whose log-probabilities are fastdpo's."""
+    from fastdpo.integrations.trl import use_fastdpo
+
+    return _trl_loop(job, use_fastdpo)
+
+
+def _trl_loop(job: Job, adapt: Callable[[Any], Any]) -> Run:
+    """`DPOTrainer.train()`, with gradient checkpointing off and no clipping, as in the other
+    loops.
+    """
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    run = Run()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            synchronize(job.device)
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            synchronize(job.device)
+            run.seconds.append(time.perf_counter() - self.start)
+
+    class Recorder(DPOTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            run.losses.append(loss.detach())
+            return loss
+
+    policy, reference = _models(job)
+    texts = [_as_text(e) for e in job.examples[: job.steps * job.batch_size]]
+    with tempfile.TemporaryDirectory() as folder:
+        args = DPOConfig(
+            folder,
+            beta=BETA,
+            per_device_train_batch_size=job.batch_size,
+            max_steps=job.steps,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            optim="adamw_torch",
+            max_length=None,
+            bf16=job.device.type == "cuda",
+            use_cpu=job.device.type == "cpu",
+            gradient_checkpointing=False,
+            train_sampling_strategy="sequential",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Recorder(
+            policy,
+            reference,
+            args,
+            train_dataset=Dataset.from_list(texts),
+            processing_class=_tokenizer(models.vocabulary(job.model)),
+            callbacks=[Clock()],
+        )
+        adapt(trainer).train()
+    run.losses = [float(loss) for loss in run.losses]
+    return run
+
+
+def _as_text(example: dict[str, list[int]]) -> dict[str, str]:
+    """Words that `_tokenizer` turns back into the same ids; the trainer adds EOS itself."""
+    prompt = " ".join(f"t{i}" for i in example["prompt_ids"])
+    answers = {
+        side: "".join(f" t{i}" for i in example[f"{side}_ids"][:-1])
+        for side in ("chosen", "rejected")
+    }
+    return {"prompt": prompt, **answers}
+
+
+def _tokenizer(vocab: int) -> Any:
+    """One word per token id."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": data.PAD, "<eos>": data.EOS}
+    words |= {f"t{i}": i for i in range(len(words), vocab)}
+    tokenizer = Tokenizer(kinds.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    )
+
+
+LOOPS: dict[str, Callable[[Job], Run]] = {
+    "fastdpo": fastdpo_loop,
+    "eager": eager_loop,
+    "trl": trl_loop,
+    "trl-fastdpo": trl_fastdpo_loop,
+}
+SUMMARIES = {
+    "fastdpo": "a plain loop over fastdpo.integrations.hf.dpo_loss",
+    "eager": "the same loop over logits and log_softmax of every position",
+    "trl": "TRL's DPOTrainer as it ships (chunked log-probabilities)",
+    "trl-fastdpo": "the same trainer with fastdpo.integrations.trl.use_fastdpo",
+}
+
+
+def absent(name: str) -> str | None:
+    """Why a loop cannot run here; None where it can."""
+    theirs = ("trl", "datasets", "tokenizers") if name.startswith("trl") else ()
+    needed = ("transformers", *theirs)
+    gone = [module for module in needed if importlib.util.find_spec(module) is None]
+    return f"not installed: {', '.join(gone)}" if gone else None

@@ -1,0 +1,3 @@
+from benchmarks.workspace.command import main
+
+main()
