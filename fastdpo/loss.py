@@ -26,8 +26,7 @@ from . import objectives
 from .backends.contract import LogitMap
 from .core import checks, rows, sequences, step
 from .core.call import Call, LossCall
-from .core.logits import checked_labels
-from .core.logits import token_logps as logits_token_logps
+from .core.logits import checked_labels, logits_logps
 from .core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
 from .distributed.sequence import SequenceParallel
 from .distributed.vocabulary import VocabParallel
@@ -362,7 +361,7 @@ def get_batch_logps(
     labels = checks.labels(labels, logits.shape[:-1], logits, of="logits")
     shifted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
     targets = checked_labels(shifted, -100, logits.shape[-1])
-    per_token = logits_token_logps(logits, targets, LogitMap(), inplace=inplace_backward)
+    per_token = logits_logps(logits, targets, LogitMap(), inplace=inplace_backward)
     lengths = (shifted != -100).sum(-1)
     all_rows = torch.full_like(lengths, shifted.shape[1])
     sums = sequences.sequence_sums(per_token.flatten(), all_rows)

@@ -28,10 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from fastdpo.backends.contract import Head
+from fastdpo.backends.contract import Head, SequenceLoss
 from fastdpo.backends.triton import row_launches
 from fastdpo.backends.triton.configs import CONFIGS
-from fastdpo.backends.triton.exp_logits import STATS, plan, tile_for
+from fastdpo.backends.triton.exp_logits import STATS, Asked, prepare, tile_for
 from fastdpo.backends.triton.launch import Launch, Target, interpreted
 
 ARCHITECTURES = tuple(arch for arch in CONFIGS if arch != "interpreter")
@@ -121,21 +121,12 @@ def exp_logits_launches(arch: str, variant: Variant) -> list[Launch]:
     )
     with _matmul_precision(variant.kind):
         target = Target(arch, 132)
-        return plan(
-            hidden,
-            head,
-            _meta(rows, dtype=torch.int64),
-            _meta(rows),
-            False,
-            None,
-            out,
-            None,
-            variant.stats,
-            _meta(rows) if "mean_logits" in variant.stats else None,
-            _meta(rows) if "is_top1" in variant.stats else None,
-            target,
-            tile_for(target, hidden, head),
-        ).launches
+        asked = Asked(
+            hidden, head, _meta(rows, dtype=torch.int64), _meta(rows), out=out, stats=variant.stats,
+            label_logits=_meta(rows) if "mean_logits" in variant.stats else None,
+            tolerance=_meta(rows) if "is_top1" in variant.stats else None,
+        )  # fmt: skip
+        return prepare(asked, target, tile_for(target, hidden, head)).launches
 
 
 def row_kernel_launches(dtype: torch.dtype, softcap: bool) -> list[Launch]:
@@ -152,7 +143,14 @@ def row_kernel_launches(dtype: torch.dtype, softcap: bool) -> list[Launch]:
             numbers, logits, labels, numbers, head.logit_map, logits
         ),
         row_launches.sequence_loss(
-            numbers, offsets, pairs, 0.1, 0.0, False, False, _meta(1), pairs, pairs, pairs
+            numbers,
+            offsets,
+            pairs,
+            0.1,
+            0.0,
+            False,
+            False,
+            SequenceLoss(_meta(1), pairs, pairs, pairs),
         ),
     ]
 

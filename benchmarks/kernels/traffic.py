@@ -46,7 +46,7 @@ class Work(NamedTuple):
         return self.operations / RATES[self.kind] + self.instructions / ISSUE
 
 
-def exp_logits(
+def exp_logits(  # many parameters: numbers that its cost depends on
     n: int,
     vocab: int,
     d: int,

@@ -128,7 +128,7 @@ def sequence_loss(
     return SequenceLoss(*results[:4])
 
 
-def logits_sequence_loss(
+def logits_sequence_loss(  # many parameters: those of two primitives
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]; negative: the row is in no sum and in no average
     logit_map: LogitMap,

@@ -128,7 +128,7 @@ def _logits_logps(
     return logps, lse
 
 
-def _logits_logps_backward(
+def _logits_logps_backward(  # many parameters: an operator takes no objects
     grad_logps: Tensor,  # [N]
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
@@ -175,13 +175,13 @@ def _sequence_loss(
     average: bool,
     interleaved: bool,
 ) -> tuple[Tensor, ...]:  # [], [2B], [2B], [2B]
-    *results, _rows = _run_sequence_loss(
+    *results, _row_coefficients = _run_sequence_loss(
         logps, labels, offsets, ref_logps, beta, label_smoothing, average, interleaved, False
     )
     return tuple(results)
 
 
-def _logits_sequence_loss(
+def _logits_sequence_loss(  # many parameters: an operator takes no objects
     logits: Tensor,  # [N, V]
     labels: Tensor,  # [N]
     offsets: Tensor,  # [2B + 1]
@@ -201,7 +201,7 @@ def _logits_sequence_loss(
     return (*results, logps, lse)
 
 
-def _run_sequence_loss(
+def _run_sequence_loss(  # many parameters: an operator takes no objects
     logps: Tensor,  # [N]
     labels: Tensor | None,  # [N]
     offsets: Tensor,  # [2B + 1]

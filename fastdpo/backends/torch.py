@@ -90,7 +90,7 @@ def _entries_logits(
     return _transform(a, head)
 
 
-def exp_logits(
+def exp_logits(  # many parameters: the contract's
     hidden: Tensor,  # [N, D]
     head: Head,
     labels: Tensor,  # [N]

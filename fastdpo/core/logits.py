@@ -19,6 +19,7 @@ from ..backends.contract import LogitMap, accumulate_dtype
 from ..names import NAMESPACE, ops
 from . import checks
 from .autograd import differentiable_once, graph_is_kept, is_traced
+from .call import LossCall
 
 
 def checked_labels(
@@ -36,7 +37,7 @@ def checked_labels(
     return _checked_labels(labels, ignore_index, vocab_size)
 
 
-def token_logps(
+def logits_logps(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...], negative where a row carries no loss
     logit_map: LogitMap,
@@ -64,18 +65,14 @@ def sigmoid_loss(
     logit_map: LogitMap,
     offsets: Tensor,  # [2B + 1] over the M rows
     ref_logps: Tensor,  # [2B]
-    *,
-    beta: float,
-    label_smoothing: float,
-    average: bool,
-    pairs: str,
+    loss: LossCall,  # of an objective that is the sigmoid loss
     module: ModuleType,  # of `fused_loss`
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The DPO sigmoid loss [], the sequences' log-probabilities [2B] and their rewards [2B]
     (detached).
     """
-    options = (beta, label_smoothing, average, pairs)
+    options = (loss.objective.beta, loss.objective.label_smoothing, loss.average, loss.pairs)
     return _LogitsLoss.apply(
         logits, labels, logit_map, offsets, ref_logps.detach(), options, module, inplace
     )
@@ -121,7 +118,7 @@ class _LogitsLoss(torch.autograd.Function):
     ):
         ctx.set_materialize_grads(False)
         found = module.logits_sequence_loss(
-            _rows(logits), labels.flatten(), logit_map, offsets, ref_logps, *options
+            _flattened(logits), labels.flatten(), logit_map, offsets, ref_logps, *options
         )
         ctx.save_for_backward(logits, labels, found.lse, found.row_coefficients, offsets)
         ctx.logit_map, ctx.module, ctx.inplace, ctx.average = logit_map, module, inplace, options[2]
@@ -168,7 +165,7 @@ def _gradient(
     inplace: bool,
     scale: Tensor | None = None,  # [], where the module multiplies by one
 ) -> Tensor:  # [..., V]
-    rows = _rows(logits)
+    rows = _flattened(logits)
     copied = rows.data_ptr() != logits.data_ptr()  # then the copy is ours to write over
     # `rows` itself and no second view of it: a backend tells by that.
     out = rows if inplace or copied else rows.new_empty(rows.shape)
@@ -177,7 +174,7 @@ def _gradient(
     return out.view(logits.shape)
 
 
-def _rows(logits: Tensor) -> Tensor:  # [..., V] -> [M, V]
+def _flattened(logits: Tensor) -> Tensor:  # [..., V] -> [M, V]
     return logits.reshape(-1, logits.shape[-1])
 
 
@@ -195,11 +192,11 @@ def _forward(
     """(logps [...], lse [M, 2])."""
     module = select.primitive("logits_logps", logits, backend)
     logit_map = LogitMap(scale, softcap, temperature)
-    logps, lse = module.logits_logps(_rows(logits), labels.flatten(), logit_map)
+    logps, lse = module.logits_logps(_flattened(logits), labels.flatten(), logit_map)
     return logps.view(labels.shape), lse
 
 
-def _backward(
+def _backward(  # many parameters: an operator takes no objects
     grad_logps: Tensor,
     logits: Tensor,
     labels: Tensor,

@@ -185,7 +185,7 @@ def _backward_by_operator(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::token_logps", mutates_args=())
-def _forward(
+def _forward(  # many parameters: an operator takes no objects
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -226,7 +226,7 @@ def _(hidden, weight, bias, labels, index, count, scale, softcap, temperature, c
 
 
 @torch.library.custom_op(f"{NAMESPACE}::token_logps_backward", mutates_args=())
-def _backward(
+def _backward(  # many parameters: an operator takes no objects
     grad_logps: Tensor,
     grad_entropy: Tensor | None,
     state: Tensor,

@@ -128,7 +128,7 @@ def logits_loss(
         ref_tokens = reference.logps.detach().flatten().to(accumulate_dtype(z.dtype))
     module = logits.fused_loss(z, backend) if loss.objective.fused_sigmoid else None
     if module is None:
-        logps = logits.token_logps(z, labels, logit_map, backend, inplace=inplace)
+        logps = logits.logits_logps(z, labels, logit_map, backend, inplace=inplace)
         tokens = LinearLogps(logps.flatten())
         return _sequence_loss(tokens, ref_tokens, reference.logps, segments, loss, backend)
     ref_logps = reference.logps
@@ -143,12 +143,9 @@ def logits_loss(
         logit_map,
         sequences.offsets_of(segments.rows),
         ref_logps,
-        beta=loss.objective.beta,
-        label_smoothing=loss.objective.label_smoothing,
-        average=loss.average,
-        pairs=loss.pairs,
-        module=module,
-        inplace=inplace,
+        loss,
+        module,
+        inplace,
     )
     return LinearDPOOutput(total, *_split(sums, loss.pairs), *_split(rewards, loss.pairs))
 

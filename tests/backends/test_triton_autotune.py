@@ -125,10 +125,9 @@ def test_two_programs_a_processor():
     labels, anchor = torch.zeros(4096, dtype=torch.int64), torch.zeros(4096)
     for residents, programs in ((1, 132), (2, 264)):
         resident = dataclasses.replace(tile, residents=residents)
-        plan = autotune.plan(
-            x, head, labels, anchor, True, None, None, None, (), None, None, HOPPER, resident
-        )
-        assert plan.launches[0].grid == (programs,)
+        asked = autotune.Asked(x, head, labels, anchor, fixed_anchor=True)
+        prepared = autotune.prepare(asked, HOPPER, resident)
+        assert prepared.launches[0].grid == (programs,)
 
 
 def test_the_printed_line_names_the_kind_of_head(clock, monkeypatch, capfd):

@@ -177,6 +177,6 @@ def test_other_objectives_raise_the_reward(lab, pairs, name):
     objective = preference.Objective(name, 0.3)
     loss = objective.loss(place.world, pairs, place.reference)
     generator = torch.Generator().manual_seed(1)
-    preference.train(place.policy(), loss, len(pairs), settings, generator, meter, steps=60)
+    preference.train(place.policy(), loss, len(pairs), settings, generator, meter, steps=range(60))
     start = truth.mean(place.ref_logps, place.world.rewards)
     assert meter.curve[-1]["reward"] > start + 0.1

@@ -124,13 +124,13 @@ def _allocations(name: str, signature: dict[str, str], launch: Launch, written: 
     for argument, kind in signature.items():
         value = launch.arguments.get(argument)
         if kind.startswith("tensordesc"):
-            found.append(_rows(argument, value.base, False))
+            found.append(_rows_of(argument, value.base, False))
         elif kind.startswith("*") and value.numel():
             fresh = argument in _WRITTEN - _INPUTS.get(name, set())
             fresh &= value.data_ptr() not in written
             if argument == "reanchored_ptr":  # with fixed anchors the caller gives it
                 fresh &= not launch.arguments.get("AGAIN", True)
-            found.append(_rows(argument, value, fresh)._replace(watched=not several))
+            found.append(_rows_of(argument, value, fresh)._replace(watched=not several))
     result = allocations(found)
     for allocation in result:
         known = written.get(allocation.address)
@@ -141,7 +141,7 @@ def _allocations(name: str, signature: dict[str, str], launch: Launch, written: 
     return result
 
 
-def _rows(name: str, tensor: Tensor, unwritten: bool) -> Rows:
+def _rows_of(name: str, tensor: Tensor, unwritten: bool) -> Rows:
     """A matrix row by row; a kernel has no business between them."""
     count, stride = (tensor.shape[0], tensor.stride(0)) if tensor.dim() == 2 else (1, 0)
     if tensor.dim() == 0:

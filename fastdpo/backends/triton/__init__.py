@@ -81,10 +81,10 @@ def target_logits(
     head: Head,
     labels: Tensor,  # [N]; outside [0, V): the label lies elsewhere, and the logit is 0
 ) -> Tensor:  # [N] fp32
-    return ops.target_logits(_rows(hidden), *_flat(head), labels)
+    return ops.target_logits(_contiguous_rows(hidden), *_flat(head), labels)
 
 
-def exp_logits(
+def exp_logits(  # many parameters: the contract's
     hidden: Tensor,  # [N, D]
     head: Head,
     labels: Tensor,  # [N]
@@ -101,8 +101,8 @@ def exp_logits(
     out = out if out is not None and out.shape[1] else None
     entry = None if out is None else label_entry
     new_anchor, sums = ops.exp_logits(
-        _rows(hidden), *_flat(head), labels, anchor, fixed_anchor, reanchored, out, entry,
-        ",".join(asked), tolerance,
+        _contiguous_rows(hidden), *_flat(head), labels, anchor, fixed_anchor, reanchored, out,
+        entry, ",".join(asked), tolerance,
     )  # fmt: skip
     fields = [field for name in asked for field in FIELDS[name]]
     found = dict(zip(fields, sums[1:], strict=True))
@@ -156,7 +156,7 @@ def _flat(head: Head) -> tuple[Tensor, Tensor | None, float, float | None, float
     return head.weight, head.bias, head.scale, head.softcap, head.temperature
 
 
-def _rows(hidden: Tensor) -> Tensor:  # [N, D] -> [N, D]
+def _contiguous_rows(hidden: Tensor) -> Tensor:  # [N, D] -> [N, D]
     """hidden with contiguous rows, which it has already unless the caller sliced D."""
     if hidden.stride(1) != 1:
         return hidden.contiguous()

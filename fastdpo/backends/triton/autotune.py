@@ -24,7 +24,7 @@ from triton.runtime.errors import PTXASError
 from ..contract import Head
 from ..workspace import padded_empty
 from .configs import FEW_ROWS, Tile, pick
-from .exp_logits import kind_of, plan, regular, tile_for
+from .exp_logits import Asked, kind_of, prepare, regular, tile_for
 from .launch import Launch, Target, on_device
 
 ENVIRONMENT_VARIABLE = "FASTDPO_AUTOTUNE"
@@ -112,8 +112,8 @@ def _fastest(
     # With E, so that a tile without the registers or the shared memory to store it cannot win.
     out = padded_empty(_ROWS, head.vocab_size, x)
     tiles = candidates(shipped)
-    options = (True, None, out, None, (), None, None, target)
-    launches = [plan(x, head, labels, anchor, *options, tile).launches[0] for tile in tiles]
+    asked = Asked(x, head, labels, anchor, fixed_anchor=True, out=out)
+    launches = [prepare(asked, target, tile).launches[0] for tile in tiles]
     _compile(launches)
     timed: list[tuple[float, Tile]] = []
     for tile, launch in zip(tiles, launches, strict=True):

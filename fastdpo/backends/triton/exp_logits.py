@@ -27,6 +27,7 @@ backward's products are the vendor's, and read it.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +72,24 @@ class Ties(NamedTuple):
     settled: Tensor  # [2 · SPLITS, N], top and earlier; −∞ where there was nothing to settle
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks of the primitive, for its launches."""
+
+    hidden: Tensor  # [N, D]
+    head: Head
+    labels: Tensor  # [N]
+    anchor: Tensor  # [N]
+    fixed_anchor: bool = False
+    reanchored: Tensor | None = None  # [N] int8, with fixed_anchor
+    out: Tensor | None = None  # [N, K]
+    label_entry: Tensor | None = None  # [N]
+    stats: tuple[str, ...] = ()
+    label_logits: Tensor | None = None  # [N] for "mean_logits": the labels', 0 where elsewhere
+    tolerance: Tensor | None = None  # [N] for "is_top1"
+
+
+class Launches(NamedTuple):
     launches: list[Launch]
     anchor: Tensor  # [N] the anchors used
     sums: Tensor  # [P, N] Σ e, then the statistics asked for in the order of STATS
@@ -118,24 +136,11 @@ def regular(hidden: Tensor, weight: Tensor, out: Tensor | None) -> bool:
     )
 
 
-def plan(
-    hidden: Tensor,  # [N, D]
-    head: Head,
-    labels: Tensor,  # [N]
-    anchor: Tensor,  # [N]
-    fixed_anchor: bool,
-    flagged: Tensor | None,  # [N] int8, with fixed_anchor
-    out: Tensor | None,  # [N, K]
-    label_entry: Tensor | None,  # [N]
-    stats: tuple[str, ...],
-    label_logits: Tensor | None,  # [N] for "mean_logits": the labels' logits, 0 where elsewhere
-    tolerance: Tensor | None,  # [N] for "is_top1"
-    target: Target,
-    tile: Tile,
-) -> Plan:
+def prepare(asked: Asked, target: Target, tile: Tile) -> Launches:
+    hidden, head, labels, anchor = asked.hidden, asked.head, asked.labels, asked.anchor
+    out, stats = asked.out, [name for name in STATS if name in asked.stats]
     rows, vocabulary = hidden.shape[0], head.vocab_size
-    asked = [name for name in STATS if name in stats]
-    quantities = 1 + len(asked)
+    quantities = 1 + len(stats)
     kind = kind_of(hidden, target.arch)
     plain = pick_plain(target.arch, kind)
     if not regular(hidden, head.weight, out):
@@ -148,8 +153,8 @@ def plan(
     shared = {
         "bias_ptr": head.bias, "labels_ptr": labels, "partial_ptr": partial,
         "N": rows, "V": vocabulary, "D": hidden.shape[1], "inner": inner, "outer": outer,
-        "ENTROPY": "entropy" in asked, "COLLISION": "log_sum_sq_probs" in asked,
-        "LOGITS": "mean_logits" in asked, "TOP": "is_top1" in asked,
+        "ENTROPY": "entropy" in stats, "COLLISION": "log_sum_sq_probs" in stats,
+        "LOGITS": "mean_logits" in stats, "TOP": "is_top1" in stats,
     }  # fmt: skip
     pointers = {
         "hidden_ptr": hidden, "weight_ptr": head.weight, "out_ptr": out,
@@ -177,25 +182,26 @@ def plan(
 
     reduction = {
         "reanchored_ptr": None, "anchor_ptr": None, "new_anchor_ptr": None,
-        "label_logit_ptr": label_logits,
-        "partial_ptr": partial, "sums_ptr": sums, "entry_ptr": label_entry, "labels_ptr": labels,
+        "label_logit_ptr": asked.label_logits,
+        "partial_ptr": partial, "sums_ptr": sums, "entry_ptr": asked.label_entry,
+        "labels_ptr": labels,
         "out_ptr": out, "out_stride": pointers["out_stride"], "K": pointers["K"], "N": rows,
         "T": column_tiles,
-        "QUANTITIES": quantities, "LOGITS_AT": _position(asked, "mean_logits"),
-        "TOP_AT": _position(asked, "is_top1"), "AGAIN": False, **_REDUCE,
+        "QUANTITIES": quantities, "LOGITS_AT": _position(stats, "mean_logits"),
+        "TOP_AT": _position(stats, "is_top1"), "AGAIN": False, **_REDUCE,
     }  # fmt: skip
     reduce_grid = (-(-rows // _REDUCE["BLOCK_N"]),)
     first = [main, Launch(reduce_sums, reduce_grid, reduction)]
     ties = None
-    if "is_top1" in asked:
-        index = _position(asked, "is_top1")
+    if "is_top1" in stats:
+        index = _position(stats, "is_top1")
         tiles_maxima = partial[index * column_tiles * rows :][: column_tiles * rows]
         interpreted = target.arch == "interpreter"
         splits = _SPLITS_INTERPRETED if interpreted else _SPLITS
         ties = Ties(anchor.new_empty(rows), anchor.new_empty(2 * splits, rows))
         settling: dict[str, Any] = {
             **{name: pointers[name] for name in _OPERANDS}, "bias_ptr": head.bias,
-            "labels_ptr": labels, "anchor_ptr": anchor, "tolerance_ptr": tolerance,
+            "labels_ptr": labels, "anchor_ptr": anchor, "tolerance_ptr": asked.tolerance,
             "top_ptr": sums[index], "maxima_ptr": tiles_maxima, "own_ptr": ties.own,
             "settled_ptr": ties.settled, "N": rows, "V": vocabulary, "D": hidden.shape[1],
             "T": column_tiles, "inner": inner, "outer": outer, "BLOCK_V": tile.columns,
@@ -203,13 +209,13 @@ def plan(
         }  # fmt: skip
         # Before flagged rows' maxima take the others' place; they have nothing to settle.
         first.append(Launch(settle_ties, (rows, splits), settling))
-    if not fixed_anchor:
+    if not asked.fixed_anchor:
         reanchored = torch.empty(rows, dtype=torch.int8, device=hidden.device)
         new_anchor = torch.empty_like(anchor)
-    elif flagged is not None:
-        reanchored, new_anchor = flagged, anchor
+    elif asked.reanchored is not None:
+        reanchored, new_anchor = asked.reanchored, anchor
     else:
-        return Plan(first, anchor, sums, ties)
+        return Launches(first, anchor, sums, ties)
     once_more = {"reanchored_ptr": reanchored, "AGAIN": True, "T": plain_column_tiles}
     again = {
         **pointers, **shared, **_shape(plain), "anchor_ptr": new_anchor,
@@ -220,8 +226,8 @@ def plan(
         Launch(exp_logits_reanchored, grid, again, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, {**reduction, **once_more}),
     ]
-    if fixed_anchor:
-        return Plan([*first, *last], anchor, sums, ties)
+    if asked.fixed_anchor:
+        return Launches([*first, *last], anchor, sums, ties)
 
     reduction = {
         **reduction, "reanchored_ptr": reanchored, "anchor_ptr": anchor,
@@ -241,7 +247,7 @@ def plan(
         Launch(exp_logits_reanchored, grid, find, plain.warps, _stages(target, plain, kind)),
         Launch(reduce_sums, reduce_grid, maxima),
     ]
-    return Plan([*launches, *last], new_anchor, sums, ties)
+    return Launches([*launches, *last], new_anchor, sums, ties)
 
 
 def _stages(target: Target, tile: Tile, kind: str) -> int:
@@ -257,6 +263,6 @@ def _shape(tile: Tile) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _position(asked: list[str], name: str) -> int:
+def _position(stats: list[str], name: str) -> int:
     """Where a statistic's sum lies among the quantities, or −1."""
-    return 1 + asked.index(name) if name in asked else -1
+    return 1 + stats.index(name) if name in stats else -1

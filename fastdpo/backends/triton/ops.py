@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ...names import TRITON
-from ..contract import FIELDS, Head, LogitMap
-from . import exp_logits as _exp_logits
+from ..contract import FIELDS, Head, LogitMap, SequenceLoss
 from . import row_launches
 from .autotune import tile_of
+from .exp_logits import Asked, prepare
 from .launch import run, target_of
 
 
@@ -41,7 +41,7 @@ def _(hidden, weight, bias, scale, softcap, temperature, labels):
 
 
 @torch.library.custom_op(f"{TRITON}::exp_logits", mutates_args=("out",))
-def exp_logits(
+def exp_logits(  # many parameters: an operator takes no objects
     hidden: Tensor,  # [N, D]
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
@@ -58,57 +58,37 @@ def exp_logits(
     tolerance: Tensor | None,  # [N] fp32
 ) -> tuple[Tensor, Tensor]:  # [N], [P, N]
     """(anchor used, the sums in the order of `ExpSums`); with a fixed anchor the first is empty."""
-    asked = tuple(filter(None, stats.split(",")))
+    names = tuple(filter(None, stats.split(",")))
     if hidden.shape[0] == 0:
         return _exp_logits_fake(
-            hidden,
-            weight,
-            bias,
-            scale,
-            softcap,
-            temperature,
-            labels,
-            anchor,
-            fixed_anchor,
-            reanchored,
-            out,
-            label_entry,
-            stats,
-            tolerance,
-        )
+            hidden, weight, bias, scale, softcap, temperature, labels, anchor, fixed_anchor,
+            reanchored, out, label_entry, stats, tolerance,
+        )  # fmt: skip
     head = Head(weight, _dense(bias), scale, softcap, temperature)
     labels, anchor = labels.contiguous(), anchor.contiguous()
     launches = []
     label_logits = None
-    if "mean_logits" in asked:
+    if "mean_logits" in names:
         label_logits = torch.empty_like(anchor)
         launches.append(row_launches.target_logits(hidden, head, labels, label_logits))
     target = target_of(hidden)
     tile = tile_of(hidden, head, target)
-    plan = _exp_logits.plan(
-        hidden,
-        head,
-        labels,
-        anchor,
-        fixed_anchor,
+    asked = Asked(
+        hidden, head, labels, anchor, fixed_anchor,
         None if reanchored is None else reanchored.to(torch.int8).contiguous(),
-        out,
-        _dense(label_entry),
-        asked,
-        label_logits,
+        out, _dense(label_entry), names, label_logits,
         torch.zeros_like(anchor) if tolerance is None else tolerance.contiguous(),
-        target,
-        tile,
-    )
-    run(launches + plan.launches, hidden.device)
-    sums = plan.sums
-    if plan.ties is not None:
-        top, earlier = plan.ties.settled.view(2, -1, anchor.shape[0]).amax(1)
+    )  # fmt: skip
+    prepared = prepare(asked, target, tile)
+    run(launches + prepared.launches, hidden.device)
+    sums = prepared.sums
+    if prepared.ties is not None:
+        top, earlier = prepared.ties.settled.view(2, -1, anchor.shape[0]).amax(1)
         # What was close is settled, and all the rest is as the product has it: no entry that could
         # be the label's equal.
         top = torch.where(top == -torch.inf, sums[-1], top)
-        sums = torch.cat([sums[:-1], torch.stack([top, plan.ties.own, earlier])])
-    return anchor.new_empty(0) if fixed_anchor else plan.anchor, sums
+        sums = torch.cat([sums[:-1], torch.stack([top, prepared.ties.own, earlier])])
+    return anchor.new_empty(0) if fixed_anchor else prepared.anchor, sums
 
 
 @exp_logits.register_fake
@@ -243,10 +223,7 @@ def sequence_loss(
         label_smoothing,
         average,
         interleaved,
-        loss,
-        sums,
-        rewards,
-        coefficients,
+        SequenceLoss(loss, sums, rewards, coefficients),
     )
     run([launch], logps.device)
     return loss, sums, rewards, coefficients

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from ..contract import Head, LogitMap
+from ..contract import Head, LogitMap, SequenceLoss
 from .exp_logits import curve
 from .launch import Launch
 from .logits_logps import logits_logps_kernel
@@ -81,15 +81,12 @@ def sequence_loss(
     label_smoothing: float,
     average: bool,
     interleaved: bool,
-    loss: Tensor,  # [] fp32, written, as are the following
-    sums: Tensor,  # [2B] fp32
-    rewards: Tensor,  # [2B] fp32
-    coefficients: Tensor,  # [2B] fp32
+    out: SequenceLoss,  # fp32, written
 ) -> Launch:
     arguments = {
-        "logps_ptr": logps, "offsets_ptr": offsets, "ref_ptr": ref_logps, "loss_ptr": loss,
-        "sums_ptr": sums,
-        "rewards_ptr": rewards, "coefficients_ptr": coefficients, "pairs": ref_logps.shape[0] // 2,
+        "logps_ptr": logps, "offsets_ptr": offsets, "ref_ptr": ref_logps, "loss_ptr": out.loss,
+        "sums_ptr": out.logps, "rewards_ptr": out.rewards,
+        "coefficients_ptr": out.coefficients, "pairs": ref_logps.shape[0] // 2,
         "beta": beta, "label_smoothing": label_smoothing, "AVERAGE": average,
         "INTERLEAVED": interleaved,
         "BLOCK_B": 16, "BLOCK_T": 128,

@@ -223,8 +223,7 @@ def strategy(lab: Lab, run: Run) -> Record:
             training,
             meter,
             optimizer,
-            first=done,
-            steps=end - done,
+            range(done, end),
         )
         done = end
     return _finished(lab, meter, clock).record

@@ -166,18 +166,18 @@ def train(
     generator: torch.Generator,
     meter: Meter,
     optimizer: Optimizer | None = None,
-    first: int = 0,
-    steps: int | None = None,
+    steps: range | None = None,
 ) -> list[dict[str, float]]:
     """Steps on batches of `count` pairs; what the loss tells, step by step.
 
-    `optimizer`, `first` and `steps` are for training that goes on with other pairs.
+    `optimizer` and `steps`, some of all, are for training that goes on with other pairs.
     """
-    steps = settings.steps if steps is None else steps
+    steps = range(settings.steps) if steps is None else steps
     if optimizer is None:
         optimizer = Optimizer(list(policy.parameters()), settings.lr, settings.steps)
     told = []
-    for step, rows in enumerate(batches(count, settings.batch, steps, generator), first + 1):
+    drawn = batches(count, settings.batch, len(steps), generator)
+    for step, rows in enumerate(drawn, steps.start + 1):
         policy.train()
         value, more = loss(policy, rows)
         optimizer.step(value)
