@@ -1,9 +1,5 @@
-"""Eager PyTorch as oracle (fp64) and as baseline (the tested dtype), and the rule that compares the
-three.
-
-The rule is flash-attention's: the error against the oracle may be twice the baseline's for outputs
-and three times for gradients, plus a floor of a few roundings; the largest elementwise error and
-the RMS are both held to it.
+"""Eager PyTorch as oracle (fp64) and as baseline (the tested dtype), and the assertion that what is
+tested keeps the rule of accuracy (`benchmarks.accuracy.rule`).
 """
 
 from __future__ import annotations
@@ -11,12 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPS = {
-    torch.float64: 2.3e-16,
-    torch.float32: 1.2e-7,
-    torch.bfloat16: 7.9e-3,
-    torch.float16: 9.8e-4,
-}
+from benchmarks.accuracy import rule
 
 
 def eager_logits(hidden, weight, bias=None, logit_scale=1.0, softcap=None, temperature=1.0):
@@ -50,20 +41,9 @@ def assert_as_accurate(
     assert ours.isfinite().all(), f"{what}: not finite"
     if oracle.numel() == 0:
         return
-    eps = EPS[baseline.dtype]
-    # In fp64 the baseline is the oracle itself, and the floor is the whole allowance.
-    floor = (
-        slack
-        * (64 if baseline.dtype == torch.float64 else 4)
-        * eps
-        * oracle.abs().max().clamp_min(1e-30)
-    )
-    for name, norm in (
-        ("max", lambda t: t.abs().max()),
-        ("rms", lambda t: t.square().mean().sqrt()),
-    ):
-        error, allowed = norm(ours - oracle), factor * norm(base - oracle) + floor
-        assert error <= allowed, f"{what}: {name} error {error:.3e}, allowed {allowed:.3e}"
+    floor = slack * rule.floor(oracle, baseline.dtype)
+    broken = rule.broken(rule.sizes(ours - oracle), rule.sizes(base - oracle), factor, floor)
+    assert not broken, f"{what}: {'; '.join(broken)}"
 
 
 def grads_of(output: Tensor, upstream: Tensor, inputs) -> list[Tensor | None]:

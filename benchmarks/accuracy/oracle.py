@@ -1,11 +1,10 @@
-"""The DPO loss and its gradients written out, in fp64 (fp32 when large), and the rule of accuracy.
+"""The DPO loss and its gradients written out, in fp64 (fp32 when large), and what a provider's
+errors are held to (`rule`).
 
     z = softcap(x · Wᵀ)      logp = z_y − logsumexp z      loss = mean −log σ(β (h_w − h_l))
     ∂loss/∂z_v = g (1[v = y] − softmax_v) · (1 − (z_v / cap)²)       g = ∂loss/∂logp
 
-No autograd and nothing of size [N, V]: a block of rows at a time. The rule is flash-attention's: a
-provider's error may be twice eager PyTorch's for outputs and three times for gradients, plus a
-floor of a few roundings, in the largest element and in the RMS.
+No autograd and nothing of size [N, V]: a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -17,12 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.accuracy import rule
 from benchmarks.inputs import BETA, Inputs, capped
 
 # The oracle is fp64 up to this many operations of one product, fp32 beyond.
 _FP64_OPERATIONS = {"cpu": 3e11, "cuda": 1e13}
-_FACTORS = {"loss": 2.0, "logps": 2.0, "hidden": 3.0, "weight": 3.0}
-_ROUNDINGS = 4
+_FACTORS = {
+    "loss": rule.OUTPUT,
+    "logps": rule.OUTPUT,
+    "hidden": rule.GRADIENT,
+    "weight": rule.GRADIENT,
+}
 
 
 @dataclass
@@ -109,10 +113,7 @@ def errors(got: Expected, expected: Expected) -> dict[str, dict[str, float]]:
         if not bool(difference.isfinite().all()):
             out[name] = {"max": float("inf"), "rms": float("inf")}
         else:
-            out[name] = {
-                "max": float(difference.abs().max()),
-                "rms": float(difference.square().mean().sqrt()),
-            }
+            out[name] = rule.sizes(difference)
     return out
 
 
@@ -127,15 +128,12 @@ def verdict(
     for name, factor in _FACTORS.items():
         if name not in mine:
             continue
-        eps = torch.finfo(getattr(eager, name).dtype).eps
-        floor = _ROUNDINGS * eps * float(getattr(expected, name).abs().max().clamp_min(1e-30))
-        for norm in ("max", "rms"):
-            theirs = baseline[name][norm]
-            if name == "loss":  # one number may be right by luck: its error is its logps' times β
-                theirs = max(theirs, BETA * baseline["logps"][norm])
-            error, allowed = mine[name][norm], factor * theirs + floor
-            if not error <= allowed:
-                broken.append(f"{name} {norm} error {error:.2e}, allowed {allowed:.2e}")
+        theirs = baseline[name]
+        if name == "loss":  # one number may be right by luck: its error is its logps' times β
+            of_logps = baseline["logps"]
+            theirs = {norm: max(theirs[norm], BETA * of_logps[norm]) for norm in theirs}
+        floor = rule.floor(getattr(expected, name), getattr(eager, name).dtype)
+        broken += [f"{name} {text}" for text in rule.broken(mine[name], theirs, factor, floor)]
     return broken
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.inputs import Inputs, make_inputs
+from benchmarks.inputs import make_inputs
 from benchmarks.loss.runner import why_not
 from benchmarks.measure import Deadline
 from benchmarks.memory import extra
 from benchmarks.providers import Provider, by_name
 from benchmarks.scenarios import DTYPES, Scenario
+from fastdpo.demo.peak import peak_bytes
 
 _FIRST, _MOST = 256, 1 << 22  # positions of the pair
 _STEPS = 4  # of bisection: the answer is within 1/16 of a doubling
@@ -102,18 +103,10 @@ def _fits_on_cuda(provider: Provider, scenario: Scenario, device: torch.device, 
         inputs = make_inputs(scenario, device, with_reference=False)
         if not provider.computes_reference and scenario.reference == "given":
             inputs.ref_hidden = inputs.ref_hidden[:, :0]
-        return _peak(provider, inputs, device) - before <= limit
+        held = torch.cuda.memory_allocated(device) - before
+        return held + peak_bytes(lambda: provider.step(inputs), device) <= limit
     except torch.OutOfMemoryError:
         return False
-
-
-def _peak(provider: Provider, inputs: Inputs, device: torch.device) -> int:
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats(device)
-    out = provider.step(inputs)
-    torch.cuda.synchronize(device)
-    del out
-    return torch.cuda.max_memory_allocated(device)
 
 
 def parse_bytes(text: str) -> int:

@@ -26,6 +26,7 @@ from benchmarks.inputs import Inputs, make_inputs
 from benchmarks.providers import Provider
 from benchmarks.providers.ours import FastDPO
 from benchmarks.scenarios import Scenario, from_dict
+from fastdpo.demo.peak import peak_bytes
 
 METHOD = {
     "cuda": "torch.cuda.max_memory_allocated of one step, less what was allocated before it and "
@@ -40,20 +41,9 @@ _WARMUP_LENGTH = 16  # positions per sequence
 def extra_bytes(provider: Provider, inputs: Inputs, timeout: float | None = None) -> int:
     """Peak bytes of one step beyond inputs and gradients, on the inputs' device."""
     if inputs.hidden.is_cuda:
-        return _on_cuda(provider, inputs)
+        peak = peak_bytes(lambda: provider.step(inputs), inputs.hidden.device)
+        return peak - inputs.gradient_bytes
     return on_cpu(provider, inputs.scenario, timeout)
-
-
-def _on_cuda(provider: Provider, inputs: Inputs) -> int:
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    out = provider.step(inputs)
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-    del out
-    return peak - before - inputs.gradient_bytes
 
 
 def on_cpu(provider: Provider, scenario: Scenario, timeout: float | None = None) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdpo.demo import collate as layout
+
 _FIRST_TOKEN = 2  # 0 pads, 1 ends an answer
 PAD, EOS = 0, 1
 _FAVOURED = 0.75  # share of an answer's tokens of its own parity
@@ -90,17 +92,7 @@ def collate(examples: list[dict[str, list[int]]], device: torch.device) -> dict[
     """TRL's layout: input_ids, attention_mask and completion_mask [2B, T], chosen first, padded on
     the right.
     """
-    rows = [(e["prompt_ids"], e[side]) for side in ("chosen_ids", "rejected_ids") for e in examples]
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids = torch.full((len(rows), longest), PAD)
-    attention_mask, completion_mask = (torch.zeros_like(input_ids) for _ in range(2))
-    for row, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor(prompt + answer)
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-    return {k: v.to(device) for k, v in {**batch, "completion_mask": completion_mask}.items()}
+    return layout.collate([layout.Example(**e) for e in examples], PAD, device)
 
 
 def statistics(examples: list[dict[str, list[int]]]) -> dict[str, float]:

@@ -87,15 +87,11 @@ def _models(job: Job) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def _eager_loss(policy: Any, reference: Any, batch: dict[str, Tensor]) -> Tensor:
-    def logps(model: Any) -> Tensor:  # [2B]
-        out = model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        labels = batch["input_ids"][:, 1:].unsqueeze(-1)
-        tokens = out.logits[:, :-1].float().log_softmax(-1).gather(-1, labels).squeeze(-1)
-        return (tokens * batch["completion_mask"][:, 1:]).sum(-1)
+    from fastdpo.demo.memory import eager_logps
 
     with torch.no_grad():
-        ref_logps = logps(reference)
-    chosen, rejected = (logps(policy) - ref_logps).chunk(2)
+        ref_logps = eager_logps(reference, batch)
+    chosen, rejected = (eager_logps(policy, batch) - ref_logps).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
 

@@ -8,14 +8,8 @@ log-probabilities given. Gradients are part of both.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .collate import Batch, labels_of
+from .peak import peak_bytes
 from .setting import Setting
 from .train import dpo_step
 
@@ -56,66 +51,21 @@ def _step_peak(loss: Callable[[], Tensor], model: nn.Module, setting: Setting) -
 
 
 def eager(model: nn.Module, batch: Batch, setting: Setting) -> Tensor:
-    """The DPO loss as it is usually written: all logits, their log-softmax, and a gather."""
+    """The DPO loss as it is usually written."""
     with setting.autocast():
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-    labels = labels_of(batch)[:, 1:]
-    logps = logits[:, :-1].float().log_softmax(-1)
-    logps = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    sums = (logps * (labels != -100)).sum(-1)
+        sums = eager_logps(model, batch)
     if "ref_chosen_logps" in batch:
         sums = sums - torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
     chosen, rejected = sums.chunk(2)
     return -F.logsigmoid(setting.options.beta * (chosen - rejected)).mean()
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """The most memory held during `step` above what was held before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with (
-        _silent_stderr(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile,
-    ):
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    return _peak_of(events)
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """The profiler's C++ side writes lines to the terminal that no setting turns off."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-def _peak_of(events: list[dict]) -> int:
-    changes = [
-        (event["ts"], event["args"]["Bytes"])
-        for event in events
-        if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
-    ]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+def eager_logps(model: nn.Module, batch: Batch) -> Tensor:  # [2B]
+    """All logits, their log-softmax, and a gather."""
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    labels = labels_of(batch)[:, 1:]
+    logps = logits[:, :-1].float().log_softmax(-1)
+    logps = logps.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (logps * (labels != -100)).sum(-1)
