@@ -5,7 +5,7 @@ Prompt, padding and ignored positions are left out before any matrix product: ev
 N rows that all carry loss, in the order of the flattened labels. Their number is the one value that
 is read back from a GPU, and the check of the labels rides along.
 
-While a tracer records (`core.tracing`) their number is not known. `Rows` is then deferred: all M
+While a tracer records (`core.autograd`) their number is not known. `Rows` is then deferred: all M
 positions are rows, the operators of `core.operator` select those that carry loss when they run, and
 `carries` tells them apart until then.
 """
