@@ -4,6 +4,7 @@ function after the other.
 
 from __future__ import annotations
 
+import datetime
 import os
 import traceback
 from collections.abc import Callable
@@ -51,7 +52,11 @@ def _serve(rank: int, size: int, store: str, pipe) -> None:
         interpreter.patch_once_a_launch()
     # As torchrun does: transformers looks there.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    # Where one of them fails, the others end too.
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout
+    )
     while (work := pipe.recv()) is not None:
         function, arguments, options = work
         torch.manual_seed(0)

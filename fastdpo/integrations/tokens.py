@@ -74,14 +74,32 @@ def token_logps(
     """Per position [S, T], 0 where it predicts nothing with loss; and the balancing loss of a
     mixture of experts, where the model returned one.
 
+    A process without sequences takes part all the same, where others wait for it: the model runs
+    on one that carries no loss.
+
     Raises:
         ValueError: see `fastdpo.integrations.forward.answered`.
     """
+    count, length = tokens.input_ids.shape
+    if count == 0:
+        tokens = _stand_in(tokens)
+        found = rows.find(tokens.shifted, IGNORE_INDEX, found.vocab_size)
+        model_kwargs = {k: v for k, v in model_kwargs.items() if not isinstance(v, Tensor)}
     answer = token_answer(tokens.shifted, found, options)
     answers = answered(
         model, tokens.input_ids, tokens.attention_mask, answer=answer, **model_kwargs
     )
-    return logps_of(answers), answers.get(AUX_LOSS)
+    aux_loss = answers.get(AUX_LOSS)
+    if count:
+        return logps_of(answers), aux_loss
+    logps = logps_of({k: v[:0, :length] for k, v in answers.items() if k != AUX_LOSS})
+    return logps, None if aux_loss is None else 0.0 * aux_loss
+
+
+def _stand_in(tokens: Tokens) -> Tokens:
+    length = max(1, tokens.input_ids.shape[1])
+    input_ids = tokens.input_ids.new_zeros(1, length)
+    return Tokens.of(input_ids, None, torch.full_like(input_ids, IGNORE_INDEX), None)
 
 
 def tokens_loss(
