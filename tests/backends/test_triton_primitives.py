@@ -171,8 +171,9 @@ def test_exp_logits(dtype, name):
     anchor = triton.target_logits(hidden, head, labels)
     # E in fp16 has no room for an anchor chosen before the sum: there see `test_fixed_anchors`.
     kept = torch.float32 if dtype == torch.float16 else dtype
-    # Of every row, so that every row's tiles are looked through for ties.
-    check(hidden, head, labels, anchor, pad=20, out_dtype=kept, tolerance=30.0)
+    # With one that large every row's tiles are looked through for ties.
+    tolerance = 30.0 if name in ("plain", "everything") else 1e-3
+    check(hidden, head, labels, anchor, pad=20, out_dtype=kept, tolerance=tolerance)
 
 
 @pytest.mark.parametrize(
