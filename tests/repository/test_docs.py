@@ -109,7 +109,7 @@ def test_the_labels_of_a_packed_batch_are_those_of_a_padded_one():
     ends = torch.arange(5) * 7
     names = {"ids": ids.flatten(), "keep": keep.flatten(), "cu_seqlens": ends.int()}
     exec(code("tasks/packed.md", "labels[:-1]"), names)
-    padded = batches.shift_labels(torch.where(keep, ids, -100))
+    padded = batches.shifted_labels(torch.where(keep, ids, -100))
     assert torch.equal(names["labels"].view(4, 7), padded)
 
 
