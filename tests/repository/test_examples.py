@@ -13,8 +13,13 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEEDS = {"lora": ("peft",), "trl_trainer": ("trl", "datasets")}
+NEEDS = {
+    "lora": ("peft",),
+    "trl_trainer": ("trl", "datasets"),
+    "axolotl_dpo": ("trl", "datasets"),
+}
 NAMES = ("plain_loop", "lora", "trl_trainer", "original_repository")
+STACKS = ("megatron_lm", "verl_actor", "llama_factory", "axolotl_dpo")
 
 
 def run(name, monkeypatch, capsys, *arguments):
@@ -36,6 +41,14 @@ def test_it_learns(name, monkeypatch, capsys, tmp_path):
     losses = run(name, monkeypatch, capsys, "--output", tmp_path / "out")
     assert len(losses) == 20
     assert losses[0] == 0.6931  # ln 2: the policy is its reference
+    assert losses[-1] < 0.6
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_on_the_stand_in_of_a_stack(name, monkeypatch, capsys):
+    losses = run(name, monkeypatch, capsys)
+    assert len(losses) == 20
+    assert losses[0] == 0.6931
     assert losses[-1] < 0.6
 
 
@@ -67,4 +80,4 @@ def test_it_is_short(path):
 
 
 def test_every_example_is_run():
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*NAMES, "tiny"}
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*NAMES, *STACKS, "tiny", "stand_ins"}
