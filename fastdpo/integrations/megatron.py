@@ -40,7 +40,7 @@ class _Head(NamedTuple):
     options: dict[str, Any]  # bias, logit_scale, vocab_parallel
 
 
-def token_logps(
+def token_logps(  # many parameters: those that Megatron-LM calls it with
     *,
     hidden_states: Tensor,  # [S, B, H], S/tp of them under sequence parallelism
     output_layer: nn.Module,
@@ -88,7 +88,7 @@ def token_logps(
     return _in_layer(output_layer, hidden_states, output_weight, scale_logits, compute)
 
 
-def dpo_loss(
+def dpo_loss(  # many parameters: those that Megatron-LM calls it with
     *,
     hidden_states: Tensor,  # [S, 2B, H], S/tp of them under sequence parallelism
     output_layer: nn.Module,
