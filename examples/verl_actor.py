@@ -5,8 +5,8 @@
 In verl itself two lines do it, before the worker makes its model (and `use_fused_kernels: true`
 with the backend triton in the actor's configuration):
 
-    from fastdpo.integrations import verl
-    verl.patch()
+    from fastdpo.integrations.verl import patch
+    patch()
 
 Here the same call, as verl's forward makes it, is trained with DPO's loss.
 """
