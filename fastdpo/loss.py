@@ -83,8 +83,10 @@ def linear_logps(
         temperature: positive; divides the logits last.
         ignore_index: the label of positions that carry no loss.
         stats: any of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1"; the result is then a
-            `LinearLogps`. Statistics come from the same pass and carry no gradient; a backward
-            through the entropy raises RuntimeError. `is_top1` is what `logits.argmax(-1) == labels`
+            `LinearLogps`. Statistics come from the same pass. The entropy is differentiable (for an
+            entropy bonus), which costs nothing until it enters a loss; then no further product
+            with a trained head, two with a frozen one, and one with a softcap. The others carry no
+            gradient. `is_top1` is what `logits.argmax(-1) == labels`
             means: of several largest logits the first one counts, and entries of the vocabulary
             with equal rows and biases have equal logits, to the bit.
         workspace_bytes: memory that may be kept between forward and backward when the head is

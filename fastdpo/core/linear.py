@@ -10,6 +10,12 @@ For a row with label y, label logit a = z_y, anchor α, δ = α − a and S = Σ
     (5)  ∂loss/∂weight   = −gain · Eᵀ · diag(g r) · hidden
     (6)  ∂loss/∂bias     = −gain · Eᵀ · (g r)
 
+Where the entropy H = −Σ p log p enters the loss too, with h = ∂loss/∂H, p_v = r E_v / d_v:
+
+    (7)  ∂loss/∂z_v = g [v = y] − p_v c_v          c_v = g + h (log p_v + H)
+
+so that E_v c_v stands in (4) to (6) for g E_v, and (−g S + h e^−δ (logp + H)) d_y for the label.
+
 where d is the softcap's derivative and gain = scale / temperature (`backends.contract.LogitMap`).
 The row scale of (4) commutes with the product, so with a frozen head the forward already forms
 U = −gain · diag(r) · E · weight, block by block of rows, and the backward is g · U: two products in
@@ -42,6 +48,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.contract import COLLISION_SHIFT, ExpSums, Head, accumulate_dtype
+from ..backends.torch import logits_of
 from ..backends.workspace import (
     cleared,
     columns_kept,
@@ -58,16 +65,30 @@ from .rows import Rows
 # Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40):
 # the latter are far, and log(1 + e^δ S) is taken in the log domain.
 _FAR = 20.0
-NO_STATISTICS_GRADIENT = (
-    "fastdpo: the gradient of the entropy is not implemented; detach the entropy statistic before "
-    "it enters a loss"
-)
 _HALF_LOG_SUM = 10 * math.log(2.0)
 # Of a row of tiny g whose label is far below, g r leaves the range of fp32 while g r E does not:
 # E ≤ e^60 = 2^86.6. Half of that is multiplied into g r, and taken out of the products: exact, so
 # that nothing else moves.
 _LIFT = 2.0**43
 _LIFT_BELOW = 2.0**-90
+
+
+class Upstream(NamedTuple):
+    """∂loss/∂ of what the forward returned, [N] each."""
+
+    logps: Tensor  # g
+    entropy: Tensor | None = None  # h; None where the entropy does not enter the loss
+    value: Tensor | None = None  # H, with h
+
+    def to(self, dtype: torch.dtype) -> Upstream:
+        return Upstream(*(None if t is None else t.to(dtype) for t in self))  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> Tensor:
+        """What is taken out of each row of (7), and into the diagonal of (4) to (6)."""
+        if self.entropy is None:
+            return self.logps
+        return torch.maximum(self.logps.abs(), self.entropy.abs())
 
 
 class Needs(NamedTuple):
@@ -213,7 +234,7 @@ def frozen_head_backward(
 
 
 def backward_pass(
-    grad_logps: Tensor,  # [N]
+    upstream: Upstream,
     hidden: Tensor,  # [M, D]
     head: Head,
     rows: Rows,
@@ -223,11 +244,11 @@ def backward_pass(
     kept: Kept | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of hidden [M, D], weight [V, D] and bias [V] that are needed, else None."""
-    grad_logps = grad_logps.to(state.target.dtype)
+    upstream = upstream.to(state.target.dtype)
     x, cast = operands(hidden, head, rows, call)
     if x.dtype == torch.float16:
         state = _renormalized(state)
-    coefficients, lift = _coefficients(grad_logps, head, state, x)  # [N], the diag of (4) to (6)
+    coefficients, lift = _coefficients(upstream.size, head, state, x)  # [N], the diag of (4) to (6)
     # fp16 has no room for small coefficients: take their size out of the product, and put it back
     # in fp32.
     size = None
@@ -242,7 +263,10 @@ def backward_pass(
     grad_rows: Tensor | None = None
 
     labels = call.local(rows.labels)
-    for start, stop, e in _column_blocks(x, cast, labels, call, state, kept):
+    blocks = _column_blocks(x, cast, labels, call, state, kept)
+    if upstream.entropy is not None:
+        blocks = _entropy_blocks(blocks, upstream, x, cast, labels, state, kept)
+    for start, stop, e in blocks:
         if grad_weight is not None and scaled is not None:
             part = grad_weight[start:stop]
             wide = _widens(e) and part.dtype == torch.float32
@@ -265,24 +289,24 @@ def backward_pass(
 
 
 def _coefficients(
-    grad_logps: Tensor,  # [N]
+    size: Tensor,  # [N]
     head: Head,
     state: RowState,
     x: Tensor,
 ) -> tuple[Tensor, float]:
-    """(lift · −gain g r [N], lift).
+    """(lift · −gain g r [N], lift), g as `Upstream.size`.
 
     Only a CPU can look whether a lift is needed. Elsewhere it costs nothing in the products, whose
     factor is applied to their sums; a CPU's may be applied to an operand.
     """
     inverse = state.inverse
-    found = -head.gain * grad_logps * inverse
+    found = -head.gain * size * inverse
     # fp64 has room, and fp16 rows are anchored so that r has.
     if x.dtype not in (torch.float32, torch.bfloat16):
         return found, 1.0
-    if x.is_cpu and not bool(((found.abs() < _LIFT_BELOW) & (grad_logps != 0)).any()):
+    if x.is_cpu and not bool(((found.abs() < _LIFT_BELOW) & (size != 0)).any()):
         return found, 1.0
-    return (-head.gain * _LIFT) * grad_logps * inverse, _LIFT
+    return (-head.gain * _LIFT) * size * inverse, _LIFT
 
 
 def _row_blocks(x: Tensor, head: Head, call: Call) -> list[slice]:
@@ -325,6 +349,46 @@ def _column_blocks(x, head, labels, call, state, kept):
                 label_entry=entry[rows],
             )
         yield start, stop, e
+
+
+def _entropy_blocks(blocks, upstream, x, head, labels, state, kept):
+    """E to E∘c of (7), each row without its size. Elementwise, so that it costs no product but with
+    a softcap, whose derivative in E hides the logits.
+    """
+    size = upstream.size
+    share = torch.where(size > 0, 1.0 / size, 0.0)
+    g, h = upstream.logps * share, upstream.entropy * share
+    log_inverse, logps = torch.log(state.inverse), _logps(state)
+    own = torch.exp(state.target - state.anchor)
+    own = torch.where(own == 0, 0.0, own * h * (logps + upstream.value))
+    entry = own - g * state.sum
+    derivative = head.softcap_derivative(state.target)
+    entry = entry if derivative is None else entry * derivative
+    base = g + h * (log_inverse + upstream.value)
+    for first, last, whole in blocks:
+        spent = kept is None or kept.spendable or first >= kept.columns
+        width = last - first if spent else recompute_columns(len(x), last - first, x)
+        for start in range(first, last, max(1, width)):
+            stop = min(start + width, last)
+            e = whole[:, start - first : stop - first]
+            e = e if spent else e.clone()
+            part = head.columns(start, stop)
+            for rows in _few_rows(len(x), stop - start):
+                wide = e[rows].to(g.dtype)
+                if head.softcap is None:
+                    logits = torch.log(wide)  # from the anchor
+                else:
+                    logits = logits_of(x[rows], part) - state.anchor[rows].unsqueeze(1)
+                c = torch.addcmul(base[rows].unsqueeze(1), h[rows].unsqueeze(1), logits)
+                e[rows] = torch.where(wide > 0, wide * c, 0.0).to(e.dtype)  # p log p is 0 at 0
+            _set_label_entries(e, labels - start, entry)
+            yield start, stop, e
+
+
+def _few_rows(n: int, columns: int) -> list[slice]:
+    """So that what is elementwise in fp32 holds 64 MiB at most."""
+    block = max(1, (16 << 20) // max(1, columns))
+    return [slice(start, start + block) for start in range(0, n, block)]
 
 
 class _HiddenGradient:

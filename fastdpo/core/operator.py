@@ -22,7 +22,7 @@ from ..names import NAMESPACE, ops
 from . import linear
 from .autograd import differentiable_once, graph_is_kept
 from .call import Call
-from .linear import ForwardPass, Kept, Needs, RowState
+from .linear import ForwardPass, Kept, Needs, RowState, Upstream
 from .results import LinearLogps
 from .rows import Rows, selected
 
@@ -50,6 +50,7 @@ class _Saved(NamedTuple):
     state: Tensor | None  # [3, N] a packed RowState; None where no gradient will be asked for
     product: Tensor | None  # U [N, D], with a frozen head
     flat: Tensor | None  # E of the first columns, for `Kept`
+    entropy: Tensor | None = None  # [N] H, where it was asked for
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -65,11 +66,12 @@ class _TokenLogps(torch.autograd.Function):
             logps, stats = done.logps, tuple(done.stats[name] for name in call.stats)
             flat = None if done.kept is None else done.kept.flat
             state = done.row_state.packed() if needs.any else None
-            saved = _Saved(state, done.hidden_product, flat)
+            entropy = done.stats.get("entropy") if needs.any else None
+            saved = _Saved(state, done.hidden_product, flat, entropy)
             columns = 0 if done.kept is None else done.kept.columns
         if needs.any:
             inputs = (hidden, weight, bias)
-            if saved.product is not None and rows.count is None:
+            if saved.product is not None and rows.count is None and saved.entropy is None:
                 inputs = (None, None, None)  # U is all that an eager backward reads
             # All of it as saved tensors, E as well: freed when the backward is done, and seen by
             # checkpointing and offloading.
@@ -85,34 +87,36 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_logps, *grad_stats):
-        hidden, weight, bias, labels, index, count, state, product, flat = ctx.saved_tensors
-        saved = _Saved(state, product, flat)
-        entropy = next((grad for grad in grad_stats if grad is not None), None)
-        if count is not None:
-            if grad_logps is None and entropy is None:
-                return (None,) * 7
-            head = Head(weight, bias, *ctx.curve)
-            rows = Rows(labels, index, ctx.shape, ctx.vocab_size, None, count)
-            grads = _backward_by_operator(
-                grad_logps, entropy, hidden, head, rows, ctx.call, ctx.needs, saved
-            )
-            return *grads, *(None,) * 4
-        if entropy is not None:
-            raise RuntimeError(linear.NO_STATISTICS_GRADIENT)
-        if grad_logps is None:
+        hidden, weight, bias, labels, index, count, *rest = ctx.saved_tensors
+        saved = _Saved(*rest)
+        grad_entropy = next((grad for grad in grad_stats if grad is not None), None)
+        if grad_logps is None and grad_entropy is None:
             return (None,) * 7
-        rows = Rows(labels, index, ctx.shape, ctx.vocab_size)
+        if grad_logps is None:
+            assert grad_entropy is not None
+            grad_logps = torch.zeros_like(grad_entropy)
+        head = Head(weight, bias, *ctx.curve)  # None, None where U is all that is read
+        upstream = Upstream(grad_logps)
+        if grad_entropy is not None:
+            upstream = Upstream(grad_logps, grad_entropy, saved.entropy)
+        rows = Rows(labels, index, ctx.shape, ctx.vocab_size, None, count)
+        if count is not None:
+            grads = _backward_by_operator(upstream, hidden, head, rows, ctx.call, ctx.needs, saved)
+            return *grads, *(None,) * 4
         kept = None
-        if flat is not None:
+        if saved.flat is not None:
             # Its memory is scratch afterwards, unless the graph will be gone through again.
-            kept = Kept(flat, len(labels), ctx.columns, spendable=not graph_is_kept())
+            kept = Kept(saved.flat, len(labels), ctx.columns, spendable=not graph_is_kept())
         with linear.without_autocast(grad_logps):
-            if product is not None:
-                grad = linear.frozen_head_backward(grad_logps, product, rows, ctx.call, ctx.dtype)
+            if saved.product is not None and grad_entropy is None:
+                grad = linear.frozen_head_backward(
+                    grad_logps, saved.product, rows, ctx.call, ctx.dtype
+                )
                 return grad, *(None,) * 6
-            head, state = Head(weight, bias, *ctx.curve), RowState.unpacked(state)
+            assert saved.state is not None
+            state = RowState.unpacked(saved.state)
             grads = linear.backward_pass(
-                grad_logps, hidden, head, rows, ctx.call, ctx.needs, state, kept
+                upstream, hidden, head, rows, ctx.call, ctx.needs, state, kept
             )
         return *grads, *(None,) * 4
 
@@ -151,12 +155,12 @@ def _forward_by_operator(
     found["entropy"] = entropy
     if "is_top1" in found:
         found["is_top1"] = found["is_top1"] > 0
-    return logps, tuple(found[name] for name in call.stats), _Saved(state, product, flat)
+    stats = tuple(found[name] for name in call.stats)
+    return logps, stats, _Saved(state, product, flat, found["entropy"])
 
 
 def _backward_by_operator(
-    grad_logps: Tensor | None,
-    grad_entropy: Tensor | None,
+    upstream: Upstream,
     hidden: Tensor,
     head: Head,
     rows: Rows,
@@ -164,13 +168,9 @@ def _backward_by_operator(
     needs: Needs,
     saved: _Saved,
 ) -> tuple[Tensor | None, ...]:
-    if grad_logps is None:
-        assert grad_entropy is not None
-        grad_logps = torch.zeros_like(grad_entropy)
     grads = ops.token_logps_backward(
-        grad_logps,
-        grad_entropy,
-        *saved,
+        *upstream,
+        *saved[:3],
         hidden,
         head.weight,
         head.bias,
@@ -229,6 +229,7 @@ def _(hidden, weight, bias, labels, index, count, scale, softcap, temperature, c
 def _backward(  # many parameters: an operator takes no objects
     grad_logps: Tensor,
     grad_entropy: Tensor | None,
+    entropy: Tensor | None,
     state: Tensor,
     product: Tensor,
     flat: Tensor,
@@ -246,39 +247,36 @@ def _backward(  # many parameters: an operator takes no objects
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; [0] for those that are not needed.
 
-    A compiled graph passes zeros for the entropy's gradient where none flows. Anything else is
-    refused: by an exception on a CPU, by a device-side assertion (which waits for nothing)
-    elsewhere.
+    A compiled graph passes zeros for the entropy's gradient where none flows, which a CPU can see.
     """
-    if grad_entropy is not None:
-        if not grad_entropy.is_cpu:
-            torch._assert_async(~grad_entropy.any(), linear.NO_STATISTICS_GRADIENT)
-        elif bool(grad_entropy.any()):
-            raise RuntimeError(linear.NO_STATISTICS_GRADIENT)
+    if grad_entropy is not None and grad_entropy.is_cpu and not bool(grad_entropy.any()):
+        grad_entropy = entropy = None
     call, needs = Call.from_text(call_text), Needs(*needed)
     head = Head(weight, bias, scale, softcap, temperature)
     rows = selected(labels, index, count, weight.shape[0])
     n = rows.labels.shape[0]
-    grad_rows = rows.gather(grad_logps)
-    if product.numel():
-        with linear.without_autocast(hidden):
-            grad = linear.frozen_head_backward(grad_rows, product[:n], rows, call, hidden.dtype)
-        grads: tuple[Tensor | None, ...] = (grad, None, None)
-    else:
-        kept = None
-        if flat.numel():
-            columns = workspace.columns_kept(n, head.vocab_size, flat, call.workspace_bytes)
-            # A compiled backward may run again on the same workspace: it must not be spent.
-            kept = Kept(flat, n, columns) if columns else None
-        part = RowState.unpacked(state[:, :n])
-        with linear.without_autocast(hidden):
-            grads = linear.backward_pass(grad_rows, hidden, head, rows, call, needs, part, kept)
+    given = (grad_logps, grad_entropy, entropy)
+    upstream = Upstream(*(None if t is None else rows.gather(t) for t in given))  # type: ignore[arg-type]
+    with linear.without_autocast(hidden):
+        if product.numel() and grad_entropy is None:
+            grad = linear.frozen_head_backward(
+                upstream.logps, product[:n], rows, call, hidden.dtype
+            )
+            grads: tuple[Tensor | None, ...] = (grad, None, None)
+        else:
+            kept = None
+            if flat.numel():
+                columns = workspace.columns_kept(n, head.vocab_size, flat, call.workspace_bytes)
+                # A compiled backward may run again on the same workspace: it must not be spent.
+                kept = Kept(flat, n, columns) if columns else None
+            part = RowState.unpacked(state[:, :n])
+            grads = linear.backward_pass(upstream, hidden, head, rows, call, needs, part, kept)
     x, w, b = (hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
     return x, w, b
 
 
 @_backward.register_fake
-def _(grad_logps, grad_entropy, state, product, flat, hidden, weight, bias, *rest):
+def _(grad_logps, grad_entropy, entropy, state, product, flat, hidden, weight, bias, *rest):
     needed = rest[-1]
     return tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if flag else hidden.new_empty(0)

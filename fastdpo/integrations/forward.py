@@ -61,8 +61,9 @@ def answered(
         UnsupportedModel: the head cannot be described, or is not what the description says; or the
             model is not causal.
     """
-    prepared = _prepared(model, input_ids, attention_mask, None, in_order, model_kwargs)
-    tap = _tap(prepared, answer, input_ids)
+    model_kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_kwargs}
+    prepared = _prepared(model, input_ids, None, in_order, model_kwargs)
+    tap = _tap(prepared, answer, input_ids.shape)
     lm: Any = prepared.reader.lm
     own_forward = lm.forward
 
@@ -70,73 +71,79 @@ def answered(
     def lm_forward(*args: Any, **kwargs: Any) -> Answers:
         return _leaving(tap, prepared, own_forward(*args, **kwargs))
 
-    call = functools.partial(model, input_ids=input_ids, **prepared.model_kwargs)
+    call = functools.partial(model, **prepared.model_kwargs)
     with Tapped(tap, lm_forward):
         found = _eagerly(call) if prepared.probing else call()
     return _arrived(tap, prepared, found)
 
 
+# As above: of a forward that is compiled, what it calls is.
+@torch.compiler.disable(recursive=False)
 def answered_inside(
-    model: nn.Module,
-    input_ids: Tensor,  # [S, T]
-    attention_mask: Tensor | None = None,  # [S, T]
+    lm: nn.Module,
+    like: Tensor,  # [S, T] of the tokens' shape and device
     *,
     answer: Answer,
     forward: Callable[..., Any],
-    **model_kwargs: Any,
-) -> tuple[Answers, Any]:
+    **model_kwargs: Any,  # input_ids or inputs_embeds among them
+) -> Answers:
     """`answered`, for a forward that takes the place of the language model's own: calls `forward`,
-    which is the one that it had, and returns the answers beside what that returned.
+    which is the one that it had, and returns the answers.
 
     Calling the model there would enter its wrappers a second time, accelerate's autocast among
     them, which does not survive that. Whoever replaces the forward returns the answers from it.
     """
-    prepared = _prepared(model, input_ids, attention_mask, forward, True, model_kwargs)
-    tap = _tap(prepared, answer, input_ids)
-    call = functools.partial(forward, input_ids=input_ids, **prepared.model_kwargs)
+    prepared = _prepared(lm, like, forward, True, model_kwargs)
+    tap = _tap(prepared, answer, like.shape)
+    call = functools.partial(forward, **prepared.model_kwargs)
     with Tapped(tap):
         outputs = _eagerly(call) if prepared.probing else call()
-    return _leaving(tap, prepared, outputs), outputs
+    return _leaving(tap, prepared, outputs)
 
 
 @torch.compiler.disable
 def _prepared(
     model: nn.Module,
-    input_ids: Tensor,  # [S, T]
-    attention_mask: Tensor | None,  # [S, T]
+    like: Tensor,  # [S, T] of the tokens' shape and device
     forward: Callable[..., Any] | None,
     in_order: bool,
     model_kwargs: dict[str, Any],
 ) -> _Prepared:
     lm = causal_lm(model)
     reader, prompted = HeadReader.of(lm), _is_prompted(model)
+    mask = model_kwargs.get("attention_mask")
     order = None
     if in_order:
-        order = examine(model, input_ids.device, forward=forward, **model_kwargs)
-    if attention_mask is not None and order is not None:
+        asked = {k: v for k, v in model_kwargs.items() if k not in _GIVEN}
+        order = examine(model, like.device, forward=forward, **asked)
+    if mask is not None and order is not None:
+        # Inside a prompt-learning adapter's forward the virtual tokens are there already.
+        inside = model_kwargs.get("input_ids") is None or mask.shape != like.shape
         place = placed(
             order,
             type(lm).__name__,
-            attention_mask,
+            mask,
             model_kwargs.get("position_ids"),
-            prompted,
+            prompted or inside,
         )
         if place is not None:
             model_kwargs["position_ids"] = place
-    if attention_mask is not None:
-        model_kwargs["attention_mask"] = attention_mask
+    model_kwargs = {k: v for k, v in model_kwargs.items() if v is not None or k not in _GIVEN}
     model_kwargs = {**_no_cache(lm), **model_kwargs}
-    head, device_type, inside = reader.layers[0], input_ids.device.type, forward is not None
+    head, device_type, inside = reader.layers[0], like.device.type, forward is not None
     subject = subject_of(model, head, reader.rule, device_type, model_kwargs, inside)
-    probing = input_ids.numel() > 0 and not probe.is_verified(head, subject)
+    probing = like.numel() > 0 and not probe.is_verified(head, subject)
     return _Prepared(reader, subject, probing, prompted, model_kwargs)
 
 
-def _tap(prepared: _Prepared, answer: Answer, input_ids: Tensor) -> HeadTap:
+_GIVEN = ("input_ids", "attention_mask")  # to whatever model
+
+
+def _tap(prepared: _Prepared, answer: Answer, shape: torch.Size) -> HeadTap:
     return HeadTap(
         prepared.reader,
         answer,
-        input_ids.shape,
+        shape,
         prompted=prepared.prompted,
         probing=prepared.probing,
     )

@@ -234,7 +234,7 @@ def dpo_loss(
             f"ref_adapter should be None where there is another reference or none, got "
             f"{ref_adapter!r}"
         )
-    options = TokenOptions(tuple(stats), temperature, workspace_bytes, backend)
+    options = TokenOptions(tuple(stats), temperature, workspace_bytes, backend, logging=True)
     checks.flag("average_log_prob", average_log_prob)
     shared = checks.sequence_parallel(sequence_parallel, resolved)
     check_shared(shared, tokens, model_kwargs)

@@ -8,6 +8,7 @@ They are computed where the model calls its head, and leave through its output
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class TokenOptions:
     temperature: float = 1.0
     workspace_bytes: int | None = None
     backend: str | None = None
+    fp32_head: bool = False  # multiply in fp32, whatever the model and autocast say
+    logging: bool = False  # the statistics are for logging: without their gradient
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stats", checks.stats(self.stats))
@@ -46,6 +49,16 @@ class TokenOptions:
 
     def with_stats(self, *stats: str) -> TokenOptions:
         return dataclasses.replace(self, stats=stats)
+
+    def operands(self, at: AtHead) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, weight and bias."""
+        tensors = (at.hidden, at.head.weight, at.head.bias)
+        if not self.fp32_head:
+            return tensors
+        hidden, weight, bias = (None if t is None else t.float() for t in tensors)
+        assert hidden is not None
+        assert weight is not None
+        return hidden, weight, bias
 
 
 def find_rows(
@@ -128,31 +141,39 @@ def token_answer(
     shifted_labels: Tensor,  # [S, T]
     found: Rows,
     options: TokenOptions,
+    columns: int | None = None,
 ) -> Answer:
-    """What a head is to compute, and `logps_of` reads."""
+    """What a head is to compute, and `logps_of` reads: of the first `columns` positions."""
     whole, padded = found, found.padded()
 
     def answer(at: AtHead) -> Answers:
         # A compiled graph takes rows whose number is no shape.
         known = padded if torch.compiler.is_compiling() else whole
-        device = at.hidden.device
-        tokens = linear_logps(
-            at.hidden,
-            at.head.weight,
-            shifted_labels.to(device),
-            bias=at.head.bias,
-            logit_scale=at.head.scale,
-            softcap=at.head.softcap,
-            temperature=options.temperature,
-            stats=options.stats,
-            workspace_bytes=options.workspace_bytes,
-            backend=options.backend,
-            row_index=known.to(device),
-            vocab_parallel=at.vocab_parallel,
-        )
+        hidden, weight, bias = options.operands(at)
+        device = hidden.device
+        # Whoever casts to fp32 has chosen the dtype of the product.
+        quiet = torch.autocast(device.type, enabled=False) if options.fp32_head else nullcontext()
+        with quiet:
+            tokens = linear_logps(
+                hidden,
+                weight,
+                shifted_labels.to(device),
+                bias=bias,
+                logit_scale=at.head.scale,
+                softcap=at.head.softcap,
+                temperature=options.temperature,
+                stats=options.stats,
+                workspace_bytes=options.workspace_bytes,
+                backend=options.backend,
+                row_index=known.to(device),
+                vocab_parallel=at.vocab_parallel,
+            )
         if isinstance(tokens, Tensor):
-            return {"logps": tokens}
-        return {name: value for name, value in tokens._asdict().items() if value is not None}
+            return {"logps": tokens[:, :columns]}
+        values = {k: v[:, :columns] for k, v in tokens._asdict().items() if v is not None}
+        if options.logging and "entropy" in values:
+            values["entropy"] = values["entropy"].detach()
+        return values
 
     return answer
 

@@ -1,19 +1,28 @@
-"""TRL's DPOTrainer with fastdpo's log-probabilities: the same trainer, losses and metrics.
+"""TRL's trainers with fastdpo's log-probabilities: the same trainers, losses and metrics.
 
-TRL (1.16 and later) gives the model a forward that returns per-token log-probabilities and
-statistics instead of logits when it is called with `fused_lm_head=True`, and computes every loss
-from them. `use_fastdpo(trainer)` answers those calls; all others go where they went before.
+TRL (1.15 and later) gives a model a forward that returns per-token log-probabilities and statistics
+instead of logits when it is called with `fused_lm_head=True` (`add_fused_lm_head`), and its DPO,
+KTO, SFT, GRPO, RLOO and AsyncGRPO trainers compute every loss from them.
+
+    patched()           while it lasts, trainers that are built get fastdpo's forward
+    patch()             for the rest of the process
+    use_fastdpo         for a trainer that is built already
+    add_fused_lm_head   what they put in TRL's place, for a model of one's own
+
+All other calls of the models go where they went before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import sys
 import types
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +34,47 @@ from .batches import IGNORE_INDEX, shifted_labels
 from .forward import AUX_LOSS, answered_inside, examine
 from .reference import without_dropout
 from .tokens import TokenOptions, find_rows, logps_of, token_answer
-from .unwrap import UnsupportedModel, causal_lm, peft_model
+from .unwrap import UnsupportedModel, causal_lm
 
-__all__ = ["use_fastdpo"]
+__all__ = ["add_fused_lm_head", "patch", "patched", "use_fastdpo"]
+
+_NAME = "add_fused_lm_head"
+_OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def patch(*, workspace_bytes: int | None = None, backend: str | None = None) -> None:
+    """From now on every trainer of TRL that is built takes its log-probabilities from fastdpo: the
+    policy, the reference, and references that are precomputed.
+
+        fastdpo.integrations.trl.patch()
+        trainer = DPOTrainer(model, ref_model, args=args, train_dataset=dataset)
+
+    Losses, metrics and every option of the trainers stay TRL's own, but for three things that are
+    right here: a forward without gradients (the reference, evaluation) has no dropout in attention
+    either; padding on the left moves no positions; and under FSDP2 in mixed precision
+    log-probabilities and losses are not rounded to 16 bits (accelerate's `output_dtype`, which is
+    set to None for models that are prepared from then on).
+
+    Args:
+        workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
+
+    Raises:
+        ValueError: naming the argument, or TRL where its trainers have no fused lm_head.
+    """
+    TokenOptions(workspace_bytes=workspace_bytes, backend=backend)
+    ours = functools.partial(add_fused_lm_head, workspace_bytes=workspace_bytes, backend=backend)
+    _replace(_theirs(), ours)
+
+
+@contextmanager
+def patched(*, workspace_bytes: int | None = None, backend: str | None = None) -> Iterator[None]:
+    """`patch`, for the trainers that are built inside a `with`."""
+    before = _theirs()
+    patch(workspace_bytes=workspace_bytes, backend=backend)
+    try:
+        yield
+    finally:
+        _replace(_theirs(), before)
 
 
 def use_fastdpo(
@@ -36,60 +83,161 @@ def use_fastdpo(
     workspace_bytes: int | None = None,
     backend: str | None = None,
 ) -> Any:
-    """Let a `trl.DPOTrainer` take its log-probabilities from fastdpo; call it before `train()`.
+    """Let a trainer of TRL that is built take its log-probabilities from fastdpo, as `patch` does;
+    call it before `train()`.
 
         trainer = use_fastdpo(DPOTrainer(model, ref_model, args=args, train_dataset=dataset))
         trainer.train()
 
-    Policy, reference and adapters, precomputed references, every `loss_type` and every metric of
-    the trainer stay TRL's own, but for two things that are right here: a forward without gradients
-    (the reference, evaluation) has no dropout in attention either, and padding on the left moves no
-    positions. (What `precompute_ref_log_probs` computed while the trainer was built is TRL's.)
-    Calls without `fused_lm_head=True` (generation among them) reach the forward that the model had.
+    What `precompute_ref_log_probs` computed while the trainer was built is TRL's; `patched` reaches
+    that too.
 
     Args:
-        trainer: a `trl.DPOTrainer`, built and not yet training.
+        trainer: a DPO, KTO, SFT, GRPO, RLOO or AsyncGRPO trainer, not yet training.
         workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
 
     Returns:
         The trainer itself.
 
     Raises:
-        ValueError: trainer is no DPOTrainer of a TRL that fuses the lm_head, or uses what this
-            adapter does not support: prompt-learning adapters, FSDP, DeepSpeed ZeRO-3.
+        ValueError: trainer has no model with TRL's fused lm_head, or a reference that is sharded
+            already and rounds its outputs (build it under `patched` instead).
         UnsupportedModel: a ValueError; see `fastdpo.integrations.hf.sequence_logps`.
     """
-    import trl
-
-    add = getattr(trl.trainer.utils, "add_fused_lm_head", None)
-    if not isinstance(trainer, trl.DPOTrainer) or add is None:
-        checks.fail("trainer", "a trl.DPOTrainer of TRL 1.16 or later", type(trainer).__name__)
-    _refuse_sharded(trainer)
-    policy = cast(nn.Module, trainer.model)
-    peft = peft_model(policy)
-    if peft is not None and any(config.is_prompt_learning for config in peft.peft_config.values()):
-        checks.fail("trainer.model", "without a prompt-learning adapter", type(peft).__name__)
-    options = TokenOptions((), 1.0, workspace_bytes, backend)
-    policy_stats: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
-    if trainer.use_weighting:
-        policy_stats += ("log_sum_sq_probs",)
-    rows = _LastRows()
-    reference = cast("nn.Module | None", trainer.ref_model)
-    for model in (policy, reference):
-        if model is not None:  # the batches may bring token types, and are then looked at
-            examine(model, token_type_ids=())
-    _answer(causal_lm(policy), rows, options.with_stats(*policy_stats))
-    if reference is not None:
-        _answer(causal_lm(reference), rows, options)
+    options = TokenOptions(workspace_bytes=workspace_bytes, backend=backend)
+    models = [getattr(trainer, name, None) for name in ("model", "ref_model")]
+    found = [(m, _fused_options(causal_lm(m))) for m in models if isinstance(m, nn.Module)]
+    if not found or any(theirs is None for _, theirs in found):
+        checks.fail(
+            "trainer",
+            "a trainer of TRL 1.15 or later whose model has a fused lm_head (DPO, KTO, SFT, GRPO, "
+            "RLOO, AsyncGRPO)",
+            type(trainer).__name__,
+        )
+    for model, _ in found:
+        _refuse_rounding(model)
+        examine(model, token_type_ids=())  # the batches may bring token types
+    for model, theirs in found:
+        assert theirs is not None
+        _answer(causal_lm(model), _options(options, **theirs))
+    _exact_outputs()
     return trainer
 
 
-def _refuse_sharded(trainer: Any) -> None:
-    if trainer.is_fsdp_enabled:
-        checks.fail("trainer", "without FSDP: its lm_head is sharded", "FSDP")
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        checks.fail("trainer", "without DeepSpeed ZeRO-3: its lm_head is sharded", "ZeRO-3")
+def add_fused_lm_head(
+    model: nn.Module,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: Sequence[str] = ("log_probs",),
+    *,
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> None:
+    """TRL's function of that name, with its contract: `model(..., labels=labels,
+    fused_lm_head=True)` then returns a `trl.trainer.utils.FusedCausalLMOutput`.
+
+    Args:
+        model: a causal language model of transformers, without wrappers.
+        temperature: positive; divides the logits.
+        cast_lm_head_to_fp32: multiply hidden states and head in fp32, outside autocast.
+        outputs: among "log_probs" (always computed), "entropy" (differentiable),
+            "log_sum_sq_probs", "mean_logits" and "is_top1"; the others are None.
+        workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
+
+    The forward takes `labels` [S, T] (shifted inside; the outputs are [S, T − 1]) or `shift_labels`
+    [S, T] (taken as they are; the outputs are [S, T]), and `num_items_in_batch`, by which the loss
+    −Σ log p is divided in place of the number of labels.
+
+    Raises:
+        ValueError: naming the argument.
+        UnsupportedModel: a ValueError; see `fastdpo.integrations.hf.sequence_logps`.
+    """
+    options = _options(
+        TokenOptions(workspace_bytes=workspace_bytes, backend=backend),
+        temperature=temperature,
+        cast_lm_head_to_fp32=cast_lm_head_to_fp32,
+        outputs=outputs,
+    )
+    _exact_outputs()
+    _answer(causal_lm(model), options)
+
+
+def _options(
+    base: TokenOptions, *, temperature: float, cast_lm_head_to_fp32: bool, outputs: Sequence[str]
+) -> TokenOptions:
+    unknown = [name for name in outputs if name not in _OUTPUTS]
+    if unknown:
+        checks.fail("outputs", f"names among {list(_OUTPUTS)}", repr(unknown))
+    stats = tuple(name for name in outputs if name != "log_probs")
+    return TokenOptions(
+        stats, temperature, base.workspace_bytes, base.backend, fp32_head=cast_lm_head_to_fp32
+    )
+
+
+# ---- Where TRL has the function
+
+
+def _theirs() -> Callable[..., None]:
+    import trl.trainer.utils as utils
+
+    function = getattr(utils, _NAME, None)
+    if function is None:
+        import trl
+
+        checks.fail("trl", f"a version with {_NAME}, 1.15 or later", trl.__version__)
+    return function
+
+
+def _replace(old: Callable[..., None], new: Callable[..., None]) -> None:
+    """In every module that holds it; those that are imported later import the new one."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("trl.") and vars(module).get(_NAME) is old:
+            setattr(module, _NAME, new)
+
+
+def _fused_options(lm: Any) -> dict[str, Any] | None:
+    """What TRL's function, or ours, was given for this model; None where it has no fused head."""
+    function = _function(lm.forward)
+    while function is not None:
+        if inspect.isfunction(function) and "fused_lm_head" in function.__code__.co_varnames:
+            known = inspect.getclosurevars(function).nonlocals
+            names = ("temperature", "cast_lm_head_to_fp32", "outputs")
+            if all(name in known for name in names):
+                return {name: known[name] for name in names}
+            ours = known.get("options")
+            if isinstance(ours, TokenOptions):
+                return dict(zip(names, (ours.temperature, ours.fp32_head, ours.stats), strict=True))
+        function = getattr(function, "__wrapped__", None)  # accelerate's autocast, say
+    return None
+
+
+# ---- What accelerate's FSDP2 rounds
+
+
+def _exact_outputs() -> None:
+    """In mixed precision accelerate has FSDP2 round what leaves a model, the loss included."""
+    from accelerate.state import AcceleratorState
+
+    plugin: Any = AcceleratorState._shared_state.get("fsdp_plugin")
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if getattr(policy, "output_dtype", None) in (torch.bfloat16, torch.float16):
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+def _refuse_rounding(model: nn.Module) -> None:
+    for module in model.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            dtype = module._get_fsdp_state()._mp_policy.output_dtype  # type: ignore[operator]
+            if dtype in (torch.bfloat16, torch.float16):
+                checks.fail(
+                    "trainer",
+                    "built under fastdpo.integrations.trl.patched(), where FSDP2 has sharded its "
+                    "reference: it would round log-probabilities",
+                    f"outputs in {dtype}",
+                )
+
+
+# ---- The forward
 
 
 class _LastRows:
@@ -114,11 +262,18 @@ class _LastRows:
             return find_rows(model, shifted)
         if self._rows is None or self._labels() is not labels or self._version != labels._version:
             self._rows = find_rows(model, shifted)  # first, as it may raise
-            self._labels, self._version = weakref.ref(labels), labels._version
+            self._labels, self._version = weakref.ref(labels, self._forget), labels._version
         return self._rows
 
+    def _forget(self, _: object) -> None:
+        if self._labels() is None:
+            self._rows = None
 
-def _answer(lm: nn.Module, rows: _LastRows, options: TokenOptions) -> None:
+
+_LAST_ROWS = _LastRows()
+
+
+def _answer(lm: nn.Module, options: TokenOptions) -> None:
     """Give `lm` a forward that answers `fused_lm_head=True` by fastdpo.
 
     It holds no model: a copy of the model (`copy.deepcopy` binds the method to it) answers for
@@ -128,32 +283,45 @@ def _answer(lm: nn.Module, rows: _LastRows, options: TokenOptions) -> None:
 
     signature = _signature(lm.forward)
     previous = _unbound_forward(lm)
+    own_names = ("labels", "shift_labels", "num_items_in_batch")
 
-    def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return previous(self, *args, **kwargs)
-        labels: Tensor = kwargs.pop("labels")  # [S, T]
+        given = dict(zip(list(signature.parameters)[1:], args, strict=False))
+        kwargs = {**given, **kwargs}
+        labels, shift_labels, num_items = (kwargs.pop(name, None) for name in own_names)
+        if (labels is None) == (shift_labels is None):
+            raise ValueError(
+                "labels should be given with fused_lm_head=True, or shift_labels, got "
+                f"{'neither' if labels is None else 'both'}"
+            )
+        # TRL's columns are the positions that predict: all but the last, where it shifts.
+        shifted, columns = shift_labels, None
+        if labels is not None:
+            shifted, columns = shifted_labels(labels), max(0, labels.shape[1] - 1)
+        assert shifted is not None
+        found = _LAST_ROWS.find(self, shift_labels if labels is None else labels, shifted)
+        config = self.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        kwargs["use_cache"] = False
         own = functools.partial(previous, self)
+        answer = token_answer(shifted, found, options, columns)
         # The trainer's reference, and its evaluation: TRL sets the probability of Dropout modules
         # to 0, not that of attention.
-        quiet = nullcontext() if torch.is_grad_enabled() else without_dropout(self)
-        shifted = shifted_labels(labels)
-        found = rows.find(self, labels, shifted)
-        with quiet:
-            examine(self, labels.device, labels=labels, forward=own, **kwargs)
-            answer = token_answer(shifted, found, options)
-            answers, outputs = answered_inside(self, *args, answer=answer, forward=own, **kwargs)
-        tokens = logps_of(answers)
-        # TRL's columns are the positions that predict: all but the last.
-        columns = {k: None if v is None else v[:, :-1] for k, v in tokens._asdict().items()}
-        logps = cast(Tensor, columns.pop("logps"))
-        mask = shifted[:, :-1] != IGNORE_INDEX
+        with nullcontext() if torch.is_grad_enabled() else without_dropout(self):
+            asked = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
+            examine(self, shifted.device, labels=labels, forward=own, **asked)
+            answers = answered_inside(self, shifted, answer=answer, forward=own, **kwargs)
+        tokens = logps_of(answers)._asdict()
+        logps, aux_loss = tokens.pop("logps"), answers.get(AUX_LOSS)
+        mask = shifted[:, :columns].to(logps.device) != IGNORE_INDEX
+        loss = -logps.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
+        if aux_loss is not None:
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
         return FusedCausalLMOutput(
-            loss=-logps.sum() / mask.sum().clamp(min=1),
-            log_probs=logps,
-            label_mask=mask,
-            aux_loss=answers.get(AUX_LOSS),
-            **columns,
+            loss=loss, log_probs=logps, label_mask=mask, aux_loss=aux_loss, **tokens
         )
 
     # Trainers and generation look at the forward's signature.
@@ -190,7 +358,7 @@ def _function(method: Any) -> Any:
     return getattr(method, "__func__", method)
 
 
-def _signature(function: Callable[..., Any]) -> Any:
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
     bound = inspect.signature(function)
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return bound.replace(parameters=[first, *bound.parameters.values()])

@@ -164,20 +164,6 @@ def test_statistics_and_liger():
     compare(step, module, (hidden, ref, labels))
 
 
-def test_the_entropy_refuses_a_gradient():
-    hidden, _, labels = data()
-    module = nn.Linear(D, V)
-
-    def both(hidden, labels):
-        out = linear_logps(hidden, module.weight, labels, bias=module.bias, stats=("entropy",))
-        return out.logps.sum(), out.entropy.sum()
-
-    logps, entropy = torch.compile(both, fullgraph=True, backend="aot_eager")(hidden, labels)
-    logps.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="entropy"):
-        (logps + entropy).backward()
-
-
 def test_one_graph_serves_other_labels_and_lengths():
     module = nn.Linear(D, V)
 

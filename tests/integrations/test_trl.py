@@ -226,6 +226,7 @@ def test_padding_on_the_left(tmp_path):
 def test_what_is_not_causal_is_refused_when_it_is_attached(which, tmp_path):
     trainer = built(tmp_path, model(), False, model())
     bert = model("Roberta", max_position_embeddings=64)  # is_decoder=False
+    trl.trainer.utils.add_fused_lm_head(bert)
     setattr(trainer, "model" if which == "policy" else "ref_model", bert)
     with pytest.raises(ValueError, match="RobertaForCausalLM is not causal"):
         use_fastdpo(trainer)
