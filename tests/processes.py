@@ -50,8 +50,10 @@ def _serve(rank: int, size: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpreter.patch_once_a_launch()
-    # As torchrun does: transformers looks there.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    # As torchrun does: transformers and accelerate look there. (Nobody listens: there is a group.)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     # Where one of them fails, the others end too.
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group(
