@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..core import checks
 from ..core.results import LinearLogps
+from ..distributed.head import called
 from ..distributed.vocabulary import VocabParallel
 from ..loss import linear_dpo_loss, linear_logps
 
@@ -197,19 +198,11 @@ def _in_layer(
     compute: Callable[[_Head], _Result],
 ) -> _Result:
     """`layer(hidden_states)`, with `compute` as its forward."""
-
-    def forward(hidden: Tensor) -> _Result:
-        return compute(_head(layer, hidden, output_weight, scale_logits))
-
-    own = vars(layer).get("forward")  # of the instance: another patch's
-    layer.forward = forward
-    try:
-        return layer(hidden_states)
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
+    return called(
+        layer,
+        lambda hidden: compute(_head(layer, hidden, output_weight, scale_logits)),
+        hidden_states,
+    )
 
 
 def _head(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.contract import Head
+from ..distributed.exact import Exact
 from ..distributed.vocabulary import VocabParallel
 from . import probe
 from .heads import HeadReader
@@ -235,51 +236,3 @@ def _gathers(hook: Any) -> bool:
     """Is it a hook of what shards parameters? Those look through whatever a module returns."""
     hook = getattr(hook, "func", hook)
     return (getattr(hook, "__module__", None) or "").startswith(("torch.distributed", "deepspeed"))
-
-
-class Exact:
-    """A number that leaves through wrappers, and what became of it.
-
-    Wrappers may round what leaves a model (FSDP2's `output_dtype`, as accelerate sets it). The
-    rounded tensor then only carries the order of their hooks: the exact value goes beside it, and
-    so does the gradient that comes back.
-    """
-
-    def __init__(self, value: Tensor):
-        self.value = value.detach()
-        self.grad: Tensor | None = None
-
-    def depart(self, value: Tensor) -> Tensor:
-        """A tensor of its own: hooks that hang on a view are lost where it is written to."""
-        return _Depart.apply(value, self)
-
-    def arrive(self, value: Tensor) -> Tensor:
-        if value.dtype == self.value.dtype:
-            return value
-        return _Arrive.apply(value, self) if value.requires_grad else self.value
-
-
-class _Depart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, exact: Exact) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.exact = exact
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        exact, ctx.exact.grad = ctx.exact.grad, None
-        return grad if exact is None else exact, None
-
-
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, exact: Exact) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.exact, ctx.dtype = exact, value.dtype
-        return exact.value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        ctx.exact.grad = grad
-        return None if grad is None else grad.to(ctx.dtype), None

@@ -19,7 +19,7 @@ NEEDS = {
     "axolotl_dpo": ("trl", "datasets"),
 }
 NAMES = ("plain_loop", "lora", "trl_trainer", "original_repository")
-STACKS = ("megatron_lm", "verl_actor", "llama_factory", "axolotl_dpo")
+STACKS = ("megatron_lm", "verl_actor", "llama_factory", "axolotl_dpo", "torchtitan_loss")
 
 
 def run(name, monkeypatch, capsys, *arguments):
