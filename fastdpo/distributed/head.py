@@ -70,11 +70,17 @@ def call_head(lm_head: nn.Module, fn: Callable[..., _Result], *hidden: Tensor) -
     return called(lm_head, forward, *hidden)
 
 
-@torch.compiler.disable
 def called(module: nn.Module, forward: Callable[..., _Result], *inputs: Tensor) -> _Result:
     """`module(*inputs)`, with `forward` in the place of its forward, and no number rounded on its
     way out.
     """
+    if torch.compiler.is_compiling():
+        # Not a decorator: that would load the compiler with this module.
+        return torch.compiler.disable(_called)(module, forward, *inputs)
+    return _called(module, forward, *inputs)
+
+
+def _called(module: nn.Module, forward: Callable[..., _Result], *inputs: Tensor) -> _Result:
     outer, inner = getattr(module, "_orig_mod", module), _innermost(module)
     pack = _Pack()
 
