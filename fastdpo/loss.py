@@ -28,6 +28,7 @@ from .core import checks, rows, sequences, step
 from .core.call import Call, LossCall
 from .core.logits import checked_labels, logits_logps
 from .core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
+from .distributed.dtensors import takes_dtensors
 from .distributed.sequence import SequenceParallel
 from .distributed.vocabulary import VocabParallel
 from .integrations.liger import FusedLinearDPOLoss
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 
+@takes_dtensors
 def linear_logps(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
@@ -104,6 +106,10 @@ def linear_logps(
             `weight` and `bias` are then this process's rows of it, hidden and labels the same on
             all of them, and so are the results and hidden's gradient. All of them call.
 
+    DTensors on one mesh of one dimension say it themselves: hidden Replicate, weight and bias
+    Shard(0) (or Replicate), everything else plain or Replicate. The results are then DTensors too,
+    Replicate, and gradients are placed as their tensors are; torch.compile breaks its graph there.
+
     Returns:
         Log-probabilities shaped like labels, in fp32 (fp64 for fp64 inputs), exactly 0 at ignored
         positions; with `stats` a `LinearLogps` whose first field they are. Differentiable once in
@@ -111,7 +117,8 @@ def linear_logps(
 
     Raises:
         ValueError: naming the argument, for shapes, dtypes or devices that do not fit, a label
-            outside [0, V) that is not `ignore_index`, or an option outside its range.
+            outside [0, V) that is not `ignore_index`, an option outside its range, or DTensors
+            placed in another way (plain hidden states with a weight that is a DTensor among them).
         fastdpo.backends.select.BackendUnavailable: the backend asked for cannot run here.
     """
     head = checks.lm_head(
@@ -131,6 +138,7 @@ def linear_logps(
     return tokens if call.stats else tokens.logps
 
 
+@takes_dtensors
 def linear_dpo_loss(
     hidden: Tensor,  # [2B, T, D] or [N, D]
     weight: Tensor,  # [V, D]
@@ -199,6 +207,8 @@ def linear_dpo_loss(
             weights' gradients are to be added up over them, not averaged).
         **objective_options: the options of the objective, among them `f_divergence`, `sft_weight`,
             `ld_alpha`, `use_weighting`; see its entry.
+
+    DTensors are understood as in `linear_logps`.
 
     Returns:
         LinearDPOOutput (LinearDPOStats with `stats`): the scalar loss, the sequences'

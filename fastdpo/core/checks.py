@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.contract import Head, LogitMap
+from ..distributed.dtensors import is_dtensor
 from ..distributed.sequence import SequenceParallel
 from ..distributed.vocabulary import VocabParallel
 from ..objectives import PAIRS, ResolvedObjective
@@ -41,6 +42,8 @@ def floating(argument: str, value: object) -> None:
     """A dense tensor in a dtype that PyTorch computes in."""
     is_tensor(argument, value)
     assert isinstance(value, Tensor)
+    if is_dtensor(value):
+        fail(argument, "a plain tensor (to_local or full_tensor makes one)", "a DTensor")
     if value.dtype not in FLOATING:
         names = [str(dtype).removeprefix("torch.") for dtype in FLOATING]
         fail(argument, f"of a floating-point dtype among {names}", value.dtype)

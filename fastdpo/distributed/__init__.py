@@ -4,6 +4,7 @@
 - `vocabulary`: under tensor parallelism each process holds rows of the lm_head
 - `sequence`: under sequence or context parallelism each holds tokens of every sequence
 - `head`: an lm_head whose parameters are gathered around its call; `exact`: what leaves it
+- `dtensors`: hidden states and heads that are DTensors
 - `groups`: what processes exchange, and in which order it is added up
 """
 

@@ -9,8 +9,13 @@ from .. import objectives
 from ..backends.contract import Head, accumulate_dtype
 from ..core import checks, rows, sequences, step
 from ..core.call import Call, LossCall
+from ..distributed.dtensors import Local, Names, any_dtensor
+from ..distributed.vocabulary import VocabParallel
 
 __all__ = ["FusedLinearDPOLoss"]
+
+_ARGUMENTS = ("lin_weight", "_input", "target", "bias", "ref_input", "ref_weight", "ref_bias")
+_HEADS = (Names("_input", "lin_weight"), Names("ref_input", "ref_weight", "ref_bias"))
 
 
 class FusedLinearDPOLoss(torch.nn.Module):
@@ -97,11 +102,30 @@ class FusedLinearDPOLoss(torch.nn.Module):
 
         The first half of the batch is chosen, the second rejected; target is aligned with _input.
         The means of the logits are over every position and vocabulary entry, ignored positions
-        included, as Liger's.
+        included, as Liger's. DTensors are understood as in `fastdpo.loss.linear_logps`.
 
         Raises:
             ValueError: naming the argument.
         """
+        given = (lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias)
+        if not any_dtensor(given):
+            return self._forward(*given)
+        local = Local.of(dict(zip(_ARGUMENTS, given, strict=True)), _HEADS)
+        found = self._forward(*local.tensors.values(), shared=local.vocab_parallel)
+        return local.placed(found)
+
+    def _forward(
+        self,
+        lin_weight: Tensor,  # [V, D]
+        _input: Tensor,  # [2B, T, D]
+        target: Tensor,  # [2B, T]
+        bias: Tensor | None,  # [V]
+        ref_input: Tensor | None,  # [2B, T, D']
+        ref_weight: Tensor | None,  # [V, D']
+        ref_bias: Tensor | None,  # [V]
+        *,
+        shared: VocabParallel | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.use_ref_model and (ref_input is None or ref_weight is None):
             checks.fail("ref_input and ref_weight", "given where use_ref_model", "None")
         resolved = self._resolve()
@@ -113,8 +137,8 @@ class FusedLinearDPOLoss(torch.nn.Module):
         labels = checks.labels(target, checks.batch_shape(_input, None), _input, of="_input")
         ref_head = checks.reference_head(None, ref_input, ref_weight, ref_bias, _input, head)
         checks.sequence_count(labels.shape[0], resolved, _input.device)
-        call = Call(compute_dtype=checks.compute_dtype(_input))
-        found = rows.find(labels, self.ignore_index, head.vocab_size)
+        call = Call(compute_dtype=checks.compute_dtype(_input), vocab_parallel=shared)
+        found = rows.find(labels, self.ignore_index, call.vocab_size(head))
         reference = step.Reference(hidden=ref_input, head=ref_head)
         if self._zero_reference:
             reference = step.Reference(logps=_input.new_zeros(labels.shape[0]))
@@ -126,7 +150,7 @@ class FusedLinearDPOLoss(torch.nn.Module):
             sums = sequences.sequence_sums(tokens.logps, segments.rows)
             nll = step.chosen_nll(sums, segments, loss_call.pairs)
             loss = loss + self.alpha * nll
-        means = [mean_logits(half, head) for half in _input.detach().chunk(2)]
+        means = [mean_logits(half, head, shared) for half in _input.detach().chunk(2)]
         return loss, (
             output.chosen_logps.detach(),
             output.rejected_logps.detach(),
@@ -138,9 +162,17 @@ class FusedLinearDPOLoss(torch.nn.Module):
 
 
 @torch.no_grad()
-def mean_logits(hidden: Tensor, head: Head) -> Tensor:  # [B, T, D] -> []
+def mean_logits(
+    hidden: Tensor,  # [B, T, D]
+    head: Head,
+    shared: VocabParallel | None = None,
+) -> Tensor:  # []
     """The mean logit over positions and vocabulary, from the means of its two factors."""
     dtype = accumulate_dtype(hidden.dtype)
     mean_hidden = hidden.reshape(-1, hidden.shape[-1]).mean(0, dtype=dtype)
     mean = mean_hidden @ head.weight.detach().mean(0, dtype=dtype)
-    return mean if head.bias is None else mean + head.bias.detach().mean(dtype=dtype)
+    if head.bias is not None:
+        mean = mean + head.bias.detach().mean(dtype=dtype)
+    if shared is None:
+        return mean
+    return shared.total(mean * (head.vocab_size / shared.vocab_size))
