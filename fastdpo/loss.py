@@ -28,6 +28,7 @@ from .core import checks, rows, sequences, step
 from .core.call import Call, LossCall
 from .core.logits import checked_labels, logits_logps
 from .core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
+from .distributed.data import DataParallel
 from .distributed.dtensors import takes_dtensors
 from .distributed.sequence import SequenceParallel
 from .distributed.vocabulary import VocabParallel
@@ -165,6 +166,9 @@ def linear_dpo_loss(
     stats: Sequence[str] = (),
     vocab_parallel: VocabParallel | None = None,
     sequence_parallel: SequenceParallel | None = None,
+    data_parallel: DataParallel | None = None,
+    num_pairs: float | Tensor | None = None,  # []
+    num_tokens: float | Tensor | None = None,  # []
     **objective_options: object,
 ) -> LinearDPOOutput | LinearDPOStats:
     """The preference loss of a batch of pairs, from the policy's hidden states (Rafailov et al.,
@@ -205,6 +209,19 @@ def linear_dpo_loss(
             the same sequences: hidden, labels and what is per token are then this process's part
             of them. All processes get the same loss, each the gradient of its own tokens (the
             weights' gradients are to be added up over them, not averaged).
+        data_parallel: the processes that have other pairs of the same batch, and whose gradients
+            are averaged (by DDP, FSDP, ZeRO). The loss is then P · Σ / n with P their number, Σ the
+            sum over this call's pairs and n the number of pairs of all of them (for NLL terms, sums
+            over and numbers of tokens): its mean over the processes is the loss of the whole
+            batch, and so are averaged gradients, whatever each process has. n is counted over the
+            group, in this call, unless given; every process calls.
+        num_pairs: the number of pairs (prompts of rankings, single sequences) of the global batch,
+            over all processes and over the micro-batches whose gradients are accumulated; a number,
+            or a tensor [] on any device. The loss is Σ / num_pairs, times P with data_parallel:
+            micro-batches' losses add up to that of the global batch, and are not to be averaged.
+        num_tokens: with num_pairs, the number of the chosen answers' tokens that carry loss, in the
+            same batch: what NLL terms (sft, sft_weight, cpo, orpo) are divided by; others do not
+            read it. `fastdpo.parallel.batch_counts` counts both.
         **objective_options: the options of the objective, among them `f_divergence`, `sft_weight`,
             `ld_alpha`, `use_weighting`; see its entry.
 
@@ -250,6 +267,9 @@ def linear_dpo_loss(
         pairs,
         cu_seqlens,
         checks.sequence_parallel(sequence_parallel, resolved),
+        checks.normalization(
+            num_pairs, num_tokens, data_parallel, resolved, count // resolved.num_candidates
+        ),
     )
     found = rows.find(labels, ignore_index, call.vocab_size(head), row_index)
     reference = step.Reference(ref_logps, per_token, ref_hidden, ref_head)

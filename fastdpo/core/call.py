@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Head
+from ..distributed.data import DataParallel
 from ..distributed.sequence import SequenceParallel
 from ..distributed.vocabulary import VocabParallel, vocabulary
 from ..objectives import ResolvedObjective
@@ -58,6 +59,43 @@ assert len(fields(Call)) == 5  # what `to_text` writes
 
 
 @dataclass(frozen=True)
+class Normalization:
+    """What means over pairs and tokens are divided by, where a batch is shared by processes or cut
+    into micro-batches (`distributed.data`).
+    """
+
+    num_pairs: float | Tensor | None = None  # of the global batch; None: to be counted
+    num_tokens: float | Tensor | None = None  # of the chosen answers
+    data_parallel: DataParallel | None = None
+
+    def counted(
+        self,
+        pairs: int,  # of this call
+        tokens: Tensor | None,  # [] of this call; None where no term divides by it
+        lengths: Tensor,  # for its device
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """(num_pairs, num_tokens), at least 1 each."""
+        num_pairs, num_tokens = self.num_pairs, self.num_tokens
+        if num_pairs is None:
+            assert self.data_parallel is not None
+            here = lengths.new_full((), pairs)
+            counts = torch.stack([here, here if tokens is None else tokens])
+            num_pairs, num_tokens = self.data_parallel.total(counts).unbind()
+        return _at_least_1(num_pairs), 1.0 if num_tokens is None else _at_least_1(num_tokens)
+
+    @property
+    def factor(self) -> int:
+        """What the mean of gradients over the processes divides by."""
+        return 1 if self.data_parallel is None else self.data_parallel.size
+
+
+def _at_least_1(count: float | Tensor) -> float | Tensor:
+    if isinstance(count, Tensor):
+        return count.detach().reshape(()).clamp(min=1)
+    return max(1.0, float(count))
+
+
+@dataclass(frozen=True)
 class LossCall:
     """How token log-probabilities become a preference loss."""
 
@@ -66,6 +104,7 @@ class LossCall:
     pairs: str = "concatenated"  # among `objectives.PAIRS`
     cu_seqlens: Tensor | None = None  # [S + 1], of a packed batch
     sequence_parallel: SequenceParallel | None = None
+    normalization: Normalization | None = None  # None: means over the pairs and tokens of the call
 
     def stats(self, asked: tuple[str, ...]) -> tuple[str, ...]:
         """What is asked for about the tokens, and what the objective reads beside it."""

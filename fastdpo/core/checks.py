@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..backends import select
 from ..backends.contract import Head, LogitMap
+from ..distributed.data import DataParallel
 from ..distributed.dtensors import is_dtensor
 from ..distributed.sequence import SequenceParallel
 from ..distributed.vocabulary import VocabParallel
 from ..objectives import PAIRS, ResolvedObjective
 from .autograd import is_traced
-from .call import STATS
+from .call import STATS, Normalization
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INT64_MAX = 2**63 - 1
@@ -290,6 +291,54 @@ def sequence_parallel(
         if given:
             fail(name, "off with sequence_parallel: it needs whole sequences", "it")
     return value
+
+
+def normalization(
+    num_pairs: float | Tensor | None,
+    num_tokens: float | Tensor | None,
+    data_parallel: DataParallel | None,
+    resolved: ResolvedObjective,
+    count: int | None = None,  # pairs of this call, where known
+) -> Normalization | None:
+    """What the loss is divided by; None where it is the call's own pairs and tokens."""
+    if num_pairs is None and num_tokens is None and data_parallel is None:
+        return None
+    if data_parallel is not None and not isinstance(data_parallel, DataParallel):
+        should = "a fastdpo.parallel.DataParallel"
+        fail("data_parallel", should, type(data_parallel).__name__)
+    if not resolved.is_sum_over_pairs:
+        parts = [part.entry.name for part in resolved.parts if part.entry.whole_batch]
+        if not parts:
+            should = (
+                "off with num_pairs or data_parallel: the weights multiply one NLL of all pairs"
+            )
+            fail("use_weighting", should, "True with sft")
+        should = "None, as data_parallel too, for objectives that compare a batch's pairs"
+        fail("num_pairs", should, f"one of them for {', '.join(parts)}")
+    if num_pairs is None and num_tokens is not None:
+        fail("num_pairs", "given with num_tokens", "None")
+    if num_tokens is None and num_pairs is not None and resolved.needs_nll:
+        fail("num_tokens", "given with num_pairs for objectives with an NLL term", "None")
+    _count("num_pairs", num_pairs, count or 0)
+    _count("num_tokens", num_tokens, 0)
+    return Normalization(num_pairs, num_tokens, data_parallel)
+
+
+def _count(argument: str, value: float | Tensor | None, least: int) -> None:
+    """Values of tensors are looked at on the CPU alone, so as not to wait for a GPU."""
+    if value is None:
+        return
+    should = f"a number >= {least} (this call's), or a tensor of it"
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+            fail(argument, f"{should}, of one element", f"{value.dtype} {shape(value)}")
+        if not value.is_cpu or is_traced(value):
+            return
+        value = value.item()
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(argument, should, repr(value))
+    if not least <= value < math.inf:
+        fail(argument, should, value)
 
 
 def pairs(value: str) -> str:

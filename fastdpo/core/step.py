@@ -162,6 +162,11 @@ def _sequence_loss(
     logps, objective, shared = tokens.logps, loss.objective, loss.sequence_parallel
     if shared is not None:
         segments = dataclasses.replace(segments, lengths=shared.total(segments.lengths))
+    count = segments.lengths.shape[0] // objective.num_candidates
+    num_pairs = num_tokens = None
+    if loss.normalization is not None:
+        chosen = _split(segments.lengths, loss.pairs)[0].sum() if objective.needs_nll else None
+        num_pairs, num_tokens = loss.normalization.counted(count, chosen, segments.lengths)
 
     def sums_of(values: Tensor) -> Tensor:  # [N] -> [S]
         sums = sequences.sequence_sums(values, segments.rows)
@@ -197,6 +202,9 @@ def _sequence_loss(
             pairs=loss.pairs,
             backend=backend,
         )
+        if num_pairs is not None:
+            total = total * (count / num_pairs)
+        total = _times_processes(total, loss)
         return LinearDPOOutput(total, *_split(sums, loss.pairs), *_split(rewards, loss.pairs))
     sums = sums_of(logps)
     weights = None
@@ -208,8 +216,10 @@ def _sequence_loss(
             sequences.offsets_of(segments.rows),
             segments.lengths,
         )
-    nll = chosen_nll(sums_of(tokens.logps), segments, loss.pairs) if objective.needs_nll else None
-    return objective(
+    nll = None
+    if objective.needs_nll:
+        nll = chosen_nll(sums_of(tokens.logps), segments, loss.pairs, num_tokens)
+    output = objective(
         objectives.SequenceLogps(
             logps=segments.average(sums) if loss.average else sums,
             ref_logps=ref_logps,
@@ -218,19 +228,31 @@ def _sequence_loss(
             nll=nll,
             pairs=loss.pairs,
             averaged=loss.average,
+            num_pairs=num_pairs,
         )
     )
+    return output._replace(loss=_times_processes(output.loss, loss))
+
+
+def _times_processes(total: Tensor, loss: LossCall) -> Tensor:
+    """The mean over the processes takes it out again."""
+    return total if loss.normalization is None else total * loss.normalization.factor
 
 
 def chosen_nll(
     sums: Tensor,  # [2B]
     segments: Segments,
     pairs: str,
+    num_tokens: float | Tensor | None = None,
 ) -> Tensor:  # []
-    """The mean negative log-likelihood of the chosen answers' tokens; 0 where there are none."""
+    """The mean negative log-likelihood of the chosen answers' tokens; 0 where there are none. Of
+    `num_tokens`, where they are but a part of them.
+    """
     chosen, _ = _split(sums, pairs)
-    tokens, _ = _split(segments.lengths, pairs)
-    return -chosen.sum() / tokens.sum().clamp(min=1)
+    if num_tokens is None:
+        tokens, _ = _split(segments.lengths, pairs)
+        num_tokens = tokens.sum().clamp(min=1)
+    return -chosen.sum() / num_tokens
 
 
 def _split(values: Tensor, pairs: str) -> tuple[Tensor, Tensor]:  # [2B] -> [B], [B]

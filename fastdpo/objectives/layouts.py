@@ -42,6 +42,7 @@ class SequenceLogps:
     )
     pairs: str = "concatenated"  # among PAIRS
     averaged: bool = False
+    num_pairs: float | Tensor | None = None  # what the sum of losses is divided by; None: B
 
 
 class LinearDPOOutput(NamedTuple):

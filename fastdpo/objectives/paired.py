@@ -172,6 +172,7 @@ def sppo_hard(p: Pairs) -> Tensor:
     reference="optional",
     label_smoothing=SMOOTHING,
     weightable=False,
+    whole_batch=True,
 )
 def aot(p: Pairs) -> Tensor:
     """Alignment by optimal transport on paired data: the margins of the policy and of the reference
@@ -188,6 +189,7 @@ def aot(p: Pairs) -> Tensor:
     reference="optional",
     label_smoothing=SMOOTHING,
     weightable=False,
+    whole_batch=True,
 )
 def aot_unpaired(p: Pairs) -> Tensor:
     """The same for answers to different prompts: the log-ratios of the chosen and of the rejected

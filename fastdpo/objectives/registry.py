@@ -101,6 +101,7 @@ class Objective:
     weightable: bool = True  # whether a weight per pair (WPO) has a meaning
     average_rewards: bool = False  # the implicit reward is beta · logps / length, not beta · logps
     reads_nll: bool = False  # fn itself reads the NLL of the chosen answers
+    whole_batch: bool = False  # fn compares a batch's pairs: its loss is no sum over parts of it
     nll_weight: float | str = 0.0  # of an added NLL term, or the name of the option that holds it
 
     def option(self, name: str) -> Option | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -74,6 +74,12 @@ class ResolvedObjective:
     def needs_nll(self) -> bool:
         """Whether SequenceLogps.nll has to be given."""
         return self.sft_weight > 0.0 or any(part.needs_nll for part in self.parts)
+
+    @property
+    def is_sum_over_pairs(self) -> bool:
+        """Whether the loss of a batch is a sum over its parts, but for what it is divided by."""
+        weighted = self.wpo and any(part.entry.reads_nll for part in self.parts)
+        return not weighted and not any(part.entry.whole_batch for part in self.parts)
 
     @property
     def fused_sigmoid(self) -> bool:
@@ -151,6 +157,11 @@ class ResolvedObjective:
             losses = part.entry.fn(view, **part.options)
             if weights is not None:
                 losses = torch.where(weights == 0.0, 0.0, losses * weights)
+            if sequences.num_pairs is not None:
+                # One number for all pairs, which was divided by its own count already.
+                own = view.nll if part.entry.reads_nll else losses.sum() / sequences.num_pairs
+                total = total + part.weight * own
+                continue
             # The mean of nothing is NaN, its sum is 0 with a gradient of zeros.
             total = total + part.weight * (losses.sum() if empty else losses.mean())
         nll_weight = self.sft_weight + sum(part.weight * part.nll_weight for part in self.parts)
@@ -159,7 +170,7 @@ class ResolvedObjective:
             total = total + nll_weight * sequences.nll
         return narrowed(total, dtype)
 
-    def _view(self, sequences: SequenceLogps, dtype: torch.dtype) -> object:
+    def _view(self, sequences: SequenceLogps, dtype: torch.dtype) -> Any:
         if self.layout == "pairs":
             return as_pairs(sequences, self.beta, self.label_smoothing, self.divergence, dtype)
         ratios = log_ratios(sequences)

@@ -5,6 +5,7 @@ loss inside its forward.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -90,3 +91,23 @@ def expected(make=Model, loss_of=None) -> tuple[list[float], dict[str, Tensor]]:
         losses.append(float(loss.detach()))
     assert max(losses) - min(losses) > 1e-3  # something was learned
     return losses, weights(model)
+
+
+def mean(losses: list[Tensor]) -> list[float]:
+    """Over the processes."""
+    total = torch.stack([loss.detach() for loss in losses])
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+Result = tuple[list[float], dict[str, Tensor]]
+
+
+def assert_right(results: list[Result], expected: Result) -> None:
+    """Every loss and every weight within 2e-5, on every process."""
+    losses, values = expected
+    for got_losses, got in results:
+        torch.testing.assert_close(got_losses, losses, atol=2e-5, rtol=0)
+        assert got.keys() == values.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(got[name], value, atol=2e-5, rtol=0, msg=name)

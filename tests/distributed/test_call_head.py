@@ -11,14 +11,26 @@ import plain_model
 import pytest
 import torch
 import torch.distributed as dist
-from plain_model import BETA, PAIRS, STEPS, VOCAB, WIDTH, Model, batch, pairs_of, sgd, weights
+from plain_model import (
+    BETA,
+    PAIRS,
+    STEPS,
+    VOCAB,
+    WIDTH,
+    Model,
+    assert_right,
+    batch,
+    mean,
+    pairs_of,
+    sgd,
+    weights,
+)
 from processes import Processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from training import assert_right, mean
 
 import fastdpo.distributed
 from fastdpo.loss import linear_dpo_loss, linear_logps
