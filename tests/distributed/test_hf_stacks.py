@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Processes
+from torch.distributed.fsdp import FSDPModule
 from training import (
     BETA,
     PAIRS,
@@ -181,6 +182,8 @@ def accelerated(fsdp, flags=None):
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
             ref = fsdp2_prepare_model(accelerator, ref)
+            assert isinstance(net, FSDPModule)
+            assert isinstance(ref, FSDPModule)
         losses = []
         for step in range(STEPS):
             mine = share(batch(step), dist.get_rank(), dist.get_world_size())

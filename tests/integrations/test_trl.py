@@ -60,20 +60,20 @@ def pairs():
 
 
 def built(folder, policy, fast, reference=None, peft_config=None, **args):
-    config = trl.DPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=STEPS,
-        optim="sgd",  # Adam turns roundings of vanishing gradients into whole steps
-        learning_rate=0.1,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        **{"bf16": False, **args},
-    )
+    settings = {
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "optim": "sgd",  # Adam turns roundings of vanishing gradients into whole steps
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+    }
+    config = trl.DPOConfig(output_dir=str(folder), **{**settings, **args})
     trainer = trl.DPOTrainer(
         policy,
         reference,
