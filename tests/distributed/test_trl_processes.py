@@ -55,13 +55,17 @@ def environment(kind):
     arguments = transformers.training_args
     init = PartialState.__init__
     has_bf16 = arguments.is_torch_bf16_gpu_available
-    os.environ.update({"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"})
+    on_cpu = "false" if kind == "zero3" else "true"
+    os.environ.update({"ACCELERATE_USE_CPU": on_cpu, "ACCELERATE_MIXED_PRECISION": "no"})
     os.environ.update(ENVIRONMENT.get(kind, {}))
     try:
-        if kind == "fsdp2":  # accelerate shards on GPUs alone: a CPU has to be passed off as one
+        if kind in (
+            "fsdp2",
+            "zero3",
+        ):  # accelerate shards on GPUs alone: a CPU is passed off as one
 
-            def told(self, *args, **kwargs):
-                init(self, *args, **kwargs)
+            def told(self, cpu=False, **kwargs):
+                init(self, True, **kwargs)
                 if self._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
                     self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
@@ -117,7 +121,8 @@ def trained(folder, kind, patch, **args):
         if kind == "zero3":
             import deepspeed
 
-            assert trainer.deepspeed is not None
+            assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+            assert type(trainer.ref_model).__name__ == "DeepSpeedEngine"
 
             with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
                 return logged, weights(trainer.model)
@@ -140,7 +145,7 @@ CASES = {
     "ddp, checkpointing": ("ddp", {"gradient_checkpointing": True}),
     "fsdp2": ("fsdp2", {"use_cpu": False}),
     "fsdp2, wpo": ("fsdp2", {"use_cpu": False, "use_weighting": True}),
-    "zero3": ("zero3", {}),
+    "zero3": ("zero3", {"use_cpu": False}),
 }
 
 
