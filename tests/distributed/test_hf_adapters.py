@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Processes
+from sampling import sampled
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -73,7 +74,10 @@ def sharded(kind, units):
     return train(net, None, ours), weights(net)
 
 
-@pytest.mark.parametrize("units", ["ddp", "ddp, static graph", "root", "own unit", "with the norm"])
+UNITS = ["ddp", "ddp, static graph", "root", "own unit", "with the norm"]
+
+
+@pytest.mark.parametrize("units", sampled(UNITS, ["own unit"]))
 @pytest.mark.parametrize("kind", TARGETS)
 def test_adapters(processes, kind, units):
     expected = one_process(lambda: adapted(kind), eager_loss)

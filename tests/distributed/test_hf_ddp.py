@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from processes import Processes
+from sampling import sampled
 from torch.nn.parallel import DistributedDataParallel
 from training import (
     PAIRS,
@@ -75,7 +76,9 @@ def wrapped(tied=False, prepare=None, compiled=None, **flags):
     return train(net, ref), weights(model)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", sampled(CASES, ["static graph", "unused parameters, tied", "compiled outside"])
+)
 def test_every_flag(processes, case):
     options = CASES[case]
     expected = one_process(lambda: made(options.get("tied", False)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Processes
+from sampling import sampled
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecisionPolicy, ShardingStrategy, fully_shard
@@ -125,13 +126,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, ["root", "own unit", "tied, one unit"]))
 def test_fully_shard(processes, case):
     options = CASES[case]
     expected = one_process(lambda: pair(options.get("tied", False), options.get("frozen", False)))
     assert_right(processes.run(fsdp2, **options), expected)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("units", ["root", "own_unit"])
 def test_replicas_that_are_sharded(four, units):
     assert_right(four.run(fsdp2, units, hsdp=True), one_process())
@@ -160,7 +162,7 @@ def accumulated(units, sync):
 
 
 @pytest.mark.parametrize("units", ["root", "own_unit"])
-@pytest.mark.parametrize("sync", ["always", "last", "kept"])
+@pytest.mark.parametrize("sync", sampled(["always", "last", "kept"], ["last"]))
 def test_accumulation(processes, units, sync):
     assert_right(processes.run(accumulated, units, sync), one_process())
 
@@ -185,7 +187,9 @@ def fsdp1(strategy, original, tied=False, frozen=False):
         return losses, weights(net)
 
 
-@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+@pytest.mark.parametrize(
+    "strategy", sampled(["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"], ["FULL_SHARD"])
+)
 @pytest.mark.parametrize("original", [True, False], ids=["original", "flat"])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_fsdp1(processes, strategy, original):
@@ -193,6 +197,7 @@ def test_fsdp1(processes, strategy, original):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [{"tied": True}, {"frozen": True}], ids=str)
 def test_fsdp1_tied_and_frozen(processes, options):
     expected = one_process(lambda: pair(**options))

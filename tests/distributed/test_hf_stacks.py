@@ -201,6 +201,7 @@ def accelerated(fsdp, flags=None):
     return (total / dist.get_world_size()).tolist(), weights(net)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "flags", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str
 )
