@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import workspace
 from .contract import (
     COLLISION_SHIFT,
     REANCHOR_ABOVE,
@@ -148,7 +149,7 @@ def _exp_sums(
     collision = zeros(n) if "log_sum_sq_probs" in stats else None
     logits = zeros(n) if "mean_logits" in stats else None
     top = torch.full_like(anchor, -torch.inf) if "is_top1" in stats else None
-    for start, stop in _tiles(n, head.vocab_size, hidden):
+    for start, stop in _tiles(head.vocab_size, hidden):
         z = logits_of(hidden, head.columns(start, stop))
         derivative = head.softcap_derivative(z) if start < stored else None
         inside = (labels >= start) & (labels < stop)
@@ -326,8 +327,11 @@ def _tile_elements(like: Tensor) -> int:
     return _TILE_ELEMENTS.get(like.device.type, _TILE_ELEMENTS_ELSEWHERE)
 
 
-def _tiles(rows: int, columns: int, like: Tensor) -> list[tuple[int, int]]:
-    width = max(_MIN_TILE_COLUMNS, _tile_elements(like) // max(1, rows))
+def _tiles(columns: int, like: Tensor) -> list[tuple[int, int]]:
+    """Not a function of how many rows there are: a row's sum is to have the same terms in a last,
+    smaller block of rows.
+    """
+    width = max(_MIN_TILE_COLUMNS, _tile_elements(like) // workspace.row_block(columns, like))
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 

@@ -66,6 +66,9 @@ from .rows import Rows
 # the latter are far, and log(1 + e^δ S) is taken in the log domain.
 _FAR = 20.0
 _HALF_LOG_SUM = 10 * math.log(2.0)
+# Products of fewer rows are summed in another order (seen with MKL): they join the block before
+# them, so that equal rows have equal bits.
+_FEW_ROWS = 16
 # Of a row of tiny g whose label is far below, g r leaves the range of fp32 while g r E does not:
 # E ≤ e^60 = 2^86.6. Half of that is multiplied into g r, and taken out of the products: exact, so
 # that nothing else moves.
@@ -177,7 +180,7 @@ def forward_pass(
             stored = cleared(kept.buffer)
     elif ready and needs.hidden:
         product = torch.empty_like(x)
-        scratch = padded_empty(blocks[0].stop if blocks else 0, vocab, x)
+        scratch = padded_empty(max((b.stop - b.start for b in blocks), default=0), vocab, x)
 
     asked = tuple(s for s in call.stats if s != "mean_logits" or head.softcap is not None)
     tolerance = _tolerance(x, head, labels, target, call) if "is_top1" in asked else None
@@ -313,7 +316,8 @@ def _row_blocks(x: Tensor, head: Head, call: Call) -> list[slice]:
     """The rows, a block at a time. Every process makes as many blocks: they talk in each."""
     n, shared = x.shape[0], call.vocab_parallel
     block = row_block(head.vocab_size if shared is None else shared.largest, x)
-    return [slice(start, min(start + block, n)) for start in range(0, n, block)]
+    ends = list(range(block, n - _FEW_ROWS + 1, block)) + [n] * (n > 0)
+    return [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def _column_blocks(x, head, labels, call, state, kept):
@@ -560,7 +564,9 @@ def _statistic(
         if sums.logits is not None:  # asked for where there is a softcap
             return (sums.logits + state.target) / call.vocab_size(head)
         mean = head.weight.mean(0, dtype=logps.dtype)
-        u = x.to(logps.dtype) @ mean
+        # Not a matrix-vector product, which sums a row in an order that depends on the others.
+        few = sum_rows(x)
+        u = torch.cat([(part.to(logps.dtype) * mean).sum(-1) for part in x.split(few)])
         mean = head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
         if call.vocab_parallel is None:
             return mean
