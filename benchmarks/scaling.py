@@ -20,11 +20,12 @@ sends (tests/benchmarks/test_bench_scaling.py counts what the collectives are gi
     fsdp      The head is sharded over G processes, and gathered for the policy's forward, its
               backward, and the reference's forward; the gradient is reduce-scattered.
               3 × (1) of V·D·b,  (2) of V·D·b_r
-    rows      The head is sharded over G processes, and stays so. The M = G·N rows travel: hidden
-              states of policy and reference and the labels (8 bytes) are gathered, the vocabulary
-              is shared as below, each process takes the log-probabilities of its own rows, whose
+    rows      The head is sharded over G processes, and stays so (`fastdpo.parallel.ShardedHead`).
+              The M = G·N rows travel: hidden states of policy and reference and the labels (8
+              bytes) are gathered, and how many each process has (8 bytes), the vocabulary is
+              shared as below, each process takes the log-probabilities of its own rows, whose
               gradients (4 bytes) are gathered; those of hidden are reduce-scattered.
-              2 × (1) of M·D·b,  (1) of 12·M,  (2) of 4·M·D,  numbers of M rows
+              2 × (1) of M·D·b,  (1) of 12·M + 8·G,  (2) of 4·M·D,  numbers of M rows
     tensor    V/T entries of the vocabulary in each of T processes, which have the same M = T·N
               rows (`fastdpo.VocabParallel`); the gradient of hidden is all-reduced.
               (3) of 4·M·D,  numbers of M rows
@@ -42,8 +43,8 @@ So, over the same G, rows send less than the weight while
 
     (4)  M < V·D·(3b + b_r) / (D·(2b + 4) + 12 + 24·G)
 
-which is 1.25 V for b = 2, b_r = 4 and few processes; from G ≈ D/3 on the numbers of a row weigh as
-much as its hidden states.
+(but for 8·G bytes), which is 1.25 V for b = 2, b_r = 4 and few processes; from G ≈ D/3 on the
+numbers of a row weigh as much as its hidden states.
 
 Time is that of the products at the peak rate of the vendor's sheet, and of the bytes at the rate of
 its links; "overlapped" is the longer of the two, "one by one" their sum. Between nodes a ring for
@@ -201,7 +202,7 @@ def rows(step: Step, gpus: int, size: int) -> Plan:
     count = size * step.rows
     sent = (
         step.models * all_gather(count * step.hidden_size * step.dtype_bytes, size)
-        + all_gather(12 * count, size)
+        + all_gather(12 * count + 8 * size, size)
         + reduce_scatter(4 * count * step.hidden_size, size)
         + numbers(count, step, size)
     )

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from . import objectives
 from .backends.contract import LogitMap
-from .core import checks, rows, sequences, step
+from .core import checks, rows, sequences, sharded, step
 from .core.call import Call, LossCall
 from .core.logits import checked_labels, logits_logps
 from .core.results import LinearDPOOutput, LinearDPOStats, LinearLogps
 from .distributed.data import DataParallel
 from .distributed.dtensors import takes_dtensors
 from .distributed.sequence import SequenceParallel
+from .distributed.sharded import ShardedHead
 from .distributed.vocabulary import VocabParallel
 from .integrations.liger import FusedLinearDPOLoss
 from .objectives import OBJECTIVES, Pairs
@@ -65,6 +66,7 @@ def linear_logps(
     backend: str | None = None,
     row_index: Tensor | rows.Rows | None = None,  # [N]
     vocab_parallel: VocabParallel | None = None,
+    sharded_head: ShardedHead | None = None,
 ) -> Tensor | LinearLogps:
     """Per-token log-probabilities of `labels` under an lm_head, without materializing the logits.
 
@@ -106,6 +108,12 @@ def linear_logps(
         vocab_parallel: under tensor parallelism, how the lm_head is spread over the processes:
             `weight` and `bias` are then this process's rows of it, hidden and labels the same on
             all of them, and so are the results and hidden's gradient. All of them call.
+        sharded_head: under data parallelism, an lm_head whose rows stay spread over the processes:
+            `weight` and `bias` are this process's rows of it, or the DTensor that fully_shard made;
+            hidden, labels and results are each process's own, and rows that carry loss travel. All
+            of the processes call, and go backward. The gradient of weight and bias is the mean over
+            the processes, reduced already; it costs one wait for a GPU, and torch.compile breaks
+            its graph there.
 
     DTensors on one mesh of one dimension say it themselves: hidden Replicate, weight and bias
     Shard(0) (or Replicate), everything else plain or Replicate. The results are then DTensors too,
@@ -126,15 +134,16 @@ def linear_logps(
         hidden, weight, bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature
     )
     labels = checks.labels(labels, hidden.shape[:-1], hidden)
-    shared = checks.vocab_parallel(vocab_parallel, head)
     call = Call(
         checks.stats(stats),
         checks.workspace_bytes(workspace_bytes),
         checks.backend(backend),
         checks.compute_dtype(hidden),
-        shared,
+        checks.vocab_parallel(vocab_parallel, head),
+        checks.sharded_head(sharded_head, head, vocab_parallel),
     )
     found = rows.find(labels, ignore_index, call.vocab_size(head), row_index)
+    found = sharded.exchanged(found, call)
     tokens = step.at_labels(step.token_logps(hidden, head, found, call), found)
     return tokens if call.stats else tokens.logps
 
@@ -165,6 +174,7 @@ def linear_dpo_loss(
     row_index: Tensor | rows.Rows | None = None,  # [N]
     stats: Sequence[str] = (),
     vocab_parallel: VocabParallel | None = None,
+    sharded_head: ShardedHead | None = None,
     sequence_parallel: SequenceParallel | None = None,
     data_parallel: DataParallel | None = None,
     num_pairs: float | Tensor | None = None,  # []
@@ -180,9 +190,9 @@ def linear_dpo_loss(
 
     Args:
         hidden: [2B, T, D] the policy's last hidden states; or packed, [N, D] with `cu_seqlens`.
-        weight, bias, logit_scale, softcap, temperature, vocab_parallel: the head, as in
-            `linear_logps`. Scale, softcap, temperature and the spread over processes are the
-            reference head's too.
+        weight, bias, logit_scale, softcap, temperature: the head, as in `linear_logps`.
+        vocab_parallel, sharded_head: how it is spread, as in `linear_logps`. Scale, softcap,
+            temperature and the spread over processes are the reference head's too.
         ignore_index, workspace_bytes, backend, row_index: as in `linear_logps`.
         labels: [2B, T] (packed: [N]), aligned with hidden: the label of a position is the token to
             predict there.
@@ -260,6 +270,7 @@ def linear_dpo_loss(
         checks.backend(backend),
         checks.compute_dtype(hidden),
         checks.vocab_parallel(vocab_parallel, head),
+        checks.sharded_head(sharded_head, head, vocab_parallel),
     )
     loss = LossCall(
         resolved,
@@ -272,6 +283,7 @@ def linear_dpo_loss(
         ),
     )
     found = rows.find(labels, ignore_index, call.vocab_size(head), row_index)
+    found = sharded.exchanged(found, call)
     reference = step.Reference(ref_logps, per_token, ref_hidden, ref_head)
     output, tokens = step.linear_loss(hidden, head, found, reference, call, loss)
     if not call.stats:

@@ -5,6 +5,15 @@ model's parameters.
 from .distributed.data import DataParallel, batch_counts
 from .distributed.head import call_head
 from .distributed.sequence import SequenceParallel
+from .distributed.sharded import ShardedHead, rows_move_less
 from .distributed.vocabulary import VocabParallel
 
-__all__ = ["DataParallel", "SequenceParallel", "VocabParallel", "batch_counts", "call_head"]
+__all__ = [
+    "DataParallel",
+    "SequenceParallel",
+    "ShardedHead",
+    "VocabParallel",
+    "batch_counts",
+    "call_head",
+    "rows_move_less",
+]

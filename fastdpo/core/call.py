@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends.contract import Head
 from ..distributed.data import DataParallel
 from ..distributed.sequence import SequenceParallel
+from ..distributed.sharded import ShardedHead
 from ..distributed.vocabulary import VocabParallel, vocabulary
 from ..objectives import ResolvedObjective
 
@@ -26,6 +27,7 @@ class Call:
     backend: str | None = None  # None: the environment variable, else automatic
     compute_dtype: torch.dtype | None = None  # hidden and head are cast to it; None: as they are
     vocab_parallel: VocabParallel | None = None
+    sharded_head: ShardedHead | None = None
 
     def local(self, labels: Tensor) -> Tensor:  # [N] -> [N]
         """Labels as entries of this process's part of the vocabulary."""
@@ -34,11 +36,14 @@ class Call:
     def vocab_size(self, head: Head) -> int:
         """Entries of the whole vocabulary."""
         shared = self.vocab_parallel
+        if self.sharded_head is not None:
+            shared = self.sharded_head.vocabulary
         return head.vocab_size if shared is None else shared.vocab_size
 
     def to_text(self) -> str:
         """For operators, which take no objects; a tracer folds it into a constant."""
         shared = self.vocab_parallel
+        assert self.sharded_head is None  # never traced
         values = (
             self.stats,
             self.workspace_bytes,
@@ -55,7 +60,7 @@ class Call:
         return cls(stats, workspace_bytes, backend, dtype, vocabulary(shared))
 
 
-assert len(fields(Call)) == 5  # what `to_text` writes
+assert len(fields(Call)) == 6  # what `to_text` writes, and sharded_head
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..backends.contract import Head, LogitMap
 from ..distributed.data import DataParallel
 from ..distributed.dtensors import is_dtensor
 from ..distributed.sequence import SequenceParallel
+from ..distributed.sharded import ShardedHead
 from ..distributed.vocabulary import VocabParallel
 from ..objectives import PAIRS, ResolvedObjective
 from .autograd import is_traced
@@ -270,6 +271,20 @@ def vocab_parallel(value: VocabParallel | None, head: Head) -> VocabParallel | N
     rows = value.sizes[value.rank]
     if head.vocab_size != rows:
         fail("weight", f"of shape [{rows}, D] as vocab_parallel says", shape(head.weight))
+    return value
+
+
+def sharded_head(value: ShardedHead | None, head: Head, shared: object) -> ShardedHead | None:
+    if value is None:
+        return None
+    if not isinstance(value, ShardedHead):
+        fail("sharded_head", "a fastdpo.parallel.ShardedHead", type(value).__name__)
+    if shared is not None:
+        should = "None with vocab_parallel: processes have the same hidden states, or their own"
+        fail("sharded_head", should, "both")
+    rows = value.vocabulary.sizes[value.vocabulary.rank]
+    if head.vocab_size != rows:
+        fail("weight", f"of shape [{rows}, D] as sharded_head says", shape(head.weight))
     return value
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..distributed.sharded import Exchange
 from ..names import NAMESPACE, ops
 from . import checks
 from .autograd import is_traced
@@ -34,6 +35,7 @@ class Rows:
     vocab_size: int  # that the labels were checked against
     carries: Tensor | None = None  # of that shape, bool; None where no sequence is asked for
     count: Tensor | None = None  # [] int64 on the CPU, while deferred: how many of index to take
+    exchange: Exchange | None = None  # everyone's rows, under a head that stays sharded
 
     @property
     def deferred(self) -> bool:

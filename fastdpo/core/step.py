@@ -23,7 +23,7 @@ from .. import objectives
 from ..backends.contract import Head, LogitMap, accumulate_dtype
 from ..objectives import LinearDPOOutput
 from ..objectives.layouts import by_rank
-from . import checks, logits, operator, rows, sequences
+from . import checks, logits, operator, rows, sequences, sharded
 from .call import Call, LossCall
 from .results import LinearLogps
 from .rows import Rows
@@ -69,7 +69,8 @@ class Step(NamedTuple):
 
 def token_logps(hidden: Tensor, head: Head, found: Rows, call: Call) -> LinearLogps:
     """[..., D] hidden states to [N] each, of the rows that carry loss."""
-    return operator.token_logps(hidden.reshape(-1, hidden.shape[-1]), head, found, call)
+    compute = operator.token_logps if call.sharded_head is None else sharded.token_logps
+    return compute(hidden.reshape(-1, hidden.shape[-1]), head, found, call)
 
 
 def at_labels(tokens: LinearLogps, found: Rows, *, detach: bool = False) -> LinearLogps:

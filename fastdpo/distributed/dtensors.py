@@ -58,7 +58,16 @@ def takes_dtensors(
         for name, value in bound.arguments.items():
             rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             given.update(value if rest else {name: value})
-        if given.get("sharded_head") is not None:
+        stays: Any = given.get("sharded_head")
+        if hasattr(stays, "local"):
+            heads = ("weight", "bias", "ref_weight", "ref_bias")
+            given.update({n: stays.local(n, given[n]) for n in heads if n in given})
+        if stays is not None:
+            for name, value in given.items():
+                if is_dtensor(value):
+                    _fail(
+                        name, "a plain tensor, this process's own, with sharded_head", "a DTensor"
+                    )
             return function(**given)  # type: ignore[call-arg]
         if given.get("vocab_parallel") is not None:
             _fail("vocab_parallel", "None for DTensors, which say it themselves", "one")
@@ -68,7 +77,8 @@ def takes_dtensors(
 
     @functools.wraps(function)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if not (any_dtensor(args) or any_dtensor(kwargs.values())):
+        stays_sharded = kwargs.get("sharded_head") is not None
+        if not (stays_sharded or any_dtensor(args) or any_dtensor(kwargs.values())):
             return function(*args, **kwargs)
         if torch.compiler.is_compiling():  # a break of the graph
             return torch.compiler.disable(on_local)(args, kwargs)

@@ -1,8 +1,5 @@
 """The formulas of `benchmarks.scaling` against what real steps hand to their collectives, on CPU
 processes.
-
-What is not counted here: rows that travel to a head that stays sharded. fastdpo has no function for
-it yet; their test comes with it.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import scaling
 from benchmarks.scaling import Cluster, Step
 from fastdpo.loss import linear_dpo_loss, linear_logps
-from fastdpo.parallel import SequenceParallel, VocabParallel
+from fastdpo.parallel import SequenceParallel, ShardedHead, VocabParallel, rows_move_less
 
 ROOT = Path(__file__).parents[2]
 N, S, D, V = 12, 4, 8, 32
@@ -144,6 +141,38 @@ def test_fsdp(processes, dtype, replicas, reference):
     check(processes, _fsdp, expected, dtype, gpus // replicas, reference)
 
 
+def _rows(group_size, reference):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    world = dist.get_world_size()
+    if group_size == world:
+        mesh, placements = init_device_mesh("cpu", (world,)), [Shard(0)]
+    else:
+        mesh = init_device_mesh("cpu", (world // group_size, group_size))
+        placements = [Replicate(), Shard(0)]
+    weight = nn.Parameter(distribute_tensor(torch.randn(V, D), mesh, placements))
+    head = ShardedHead.of(weight)
+    hidden, ref_hidden, labels = batch(S, N // S)
+    ref = {"ref_hidden": ref_hidden, "ref_weight": weight.detach()} if reference else {}
+
+    def step():
+        linear_dpo_loss(hidden, weight, labels, sharded_head=head, **ref).loss.backward()
+
+    return sent_by(step)
+
+
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_rows(processes, replicas, reference):
+    gpus = processes[1]
+    if gpus // replicas == 1:
+        pytest.skip("nothing is sharded over one process: the pool of four runs this")
+    step = Step(D, V, rows=N, sequences=S, dtype_bytes=4, reference=reference)
+    expected = scaling.rows(step, gpus, gpus // replicas)
+    check(processes, _rows, expected, gpus // replicas, reference)
+
+
 # ---- Sharing a vocabulary or a sequence
 
 
@@ -224,6 +253,11 @@ def test_below_the_crossover_rows_send_less(model, group, reference):
     count = scaling.crossover(step, group) / group
     assert sent(scaling.rows, 0.99 * count) < sent(scaling.fsdp, 0.99 * count)
     assert sent(scaling.rows, 1.01 * count) > sent(scaling.fsdp, 1.01 * count)
+    width, vocab = scaling.HEADS[model]
+    for factor in (0.99, 1.01):
+        rows = int(factor * count * group)
+        less = rows_move_less(rows, (vocab, width), group, reference=reference)
+        assert less == (factor < 1)
 
 
 def test_the_crossover_of_few_processes_is_a_quarter_more_rows_than_the_vocabulary():
