@@ -30,6 +30,7 @@ from ..core import checks
 from ..core.call import LossCall
 from ..core.results import LinearLogps
 from ..core.step import Reference
+from ..distributed.data import DataParallel
 from ..distributed.sequence import SequenceParallel
 from ..loss import linear_dpo_loss
 from .batches import Tokens, check_shared, preference_batch, reference_keys, with_row_index
@@ -166,6 +167,9 @@ def dpo_loss(
     workspace_bytes: int | None = None,
     backend: str | None = None,
     sequence_parallel: SequenceParallel | None = None,
+    data_parallel: DataParallel | None = None,
+    num_pairs: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
     **objective_options: Any,
 ) -> DPOOutput:
     """The preference loss of a batch under a causal language model of transformers.
@@ -204,6 +208,9 @@ def dpo_loss(
         temperature, workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
         sequence_parallel: as in `sequence_logps`. Every process gets the same loss, and the
             gradient of its own tokens: what all of them hold takes the sum over them, not the mean.
+        data_parallel, num_pairs, num_tokens: as in `fastdpo.loss.linear_dpo_loss`: the loss of the
+            whole batch, over processes and micro-batches. (The balancing loss of experts is as it
+            was.)
 
     Raises:
         ValueError: naming the argument or the key of the batch.
@@ -238,7 +245,13 @@ def dpo_loss(
     checks.flag("average_log_prob", average_log_prob)
     shared = checks.sequence_parallel(sequence_parallel, resolved)
     check_shared(shared, tokens, model_kwargs)
-    loss = LossCall(resolved, average_log_prob, sequence_parallel=shared)
+    count = tokens.input_ids.shape[0] // resolved.num_candidates
+    loss = LossCall(
+        resolved,
+        average_log_prob,
+        sequence_parallel=shared,
+        normalization=checks.normalization(num_pairs, num_tokens, data_parallel, resolved, count),
+    )
     if shared is None:  # before the reference is computed
         examine(model, tokens.input_ids.device, labels=tokens.labels, **model_kwargs)
     found = find_rows(model, tokens.shifted, parts.row_index)
