@@ -10,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from training import BETA, RATE, STEPS, assert_right, batch, mean, pair, sgd, weights
 
 from fastdpo.integrations import hf
-from fastdpo.integrations.batches import shifted_labels
 from fastdpo.parallel import DataParallel, batch_counts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
