@@ -300,3 +300,42 @@ def test_what_cannot_be_exact_is_refused():
     assert got.equal(expected)
     with pytest.raises(ValueError, match="its wrappers round what leaves it"):
         hf.sequence_logps(net, *arguments)
+
+
+def llava(seed):
+    """Text alone: what counts is where accelerate puts the head, in a unit of its own."""
+    import transformers
+    from training import CONFIG
+
+    torch.manual_seed(seed)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, projection_dim=16,
+    )  # fmt: skip
+    names = {k: v for k, v in CONFIG.items() if k != "attn_implementation"}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**names), vision_config=vision, image_token_index=55
+    )
+    config._attn_implementation = "eager"
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def images(wrapped):
+    model, ref = llava(0), llava(1).eval()
+    for m in (model, ref):
+        m.requires_grad_(False)
+        m.model.language_model.requires_grad_(True)
+        m.lm_head.requires_grad_(True)
+    if not wrapped:
+        return train(model, ref, shared=False), weights(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for m in (model, ref):
+        for layer in m.model.language_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(m.lm_head, mesh=mesh)
+        fully_shard(m, mesh=mesh)
+    return train(model, ref), weights(model)
+
+
+def test_a_vision_language_model(processes):
+    assert_right(processes.run(images, True), images(False))
