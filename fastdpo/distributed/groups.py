@@ -36,22 +36,20 @@ def gathered(values: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     return parts
 
 
-# By their names since PyTorch 2.13, which warns of those before.
-_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
 def gathered_rows(values: Tensor, group: dist.ProcessGroup) -> Tensor:  # [N, ...] -> [P·N, ...]
     """Every process's, as many from each, in their order."""
     whole = values.new_empty(dist.get_world_size(group) * values.shape[0], *values.shape[1:])
-    _GATHER(whole, values.contiguous(), group=group)
+    # By its name since PyTorch 2.13, which warns of the one before.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, values.contiguous(), group=group)
     return whole
 
 
 def scattered_sum(values: Tensor, group: dist.ProcessGroup) -> Tensor:  # [P·N, ...] -> [N, ...]
     """Σ over the processes, of each process's share of the rows."""
     own = values.new_empty(values.shape[0] // dist.get_world_size(group), *values.shape[1:])
-    _SCATTER(own, values.contiguous(), group=group)
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(own, values.contiguous(), group=group)
     return own
 
 
