@@ -44,3 +44,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _precision_of_products():
+    """Trainers switch TF32 on, for the whole process: not for the tests that come after."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    yield
+    for backend, precision in zip(backends, before, strict=True):
+        if backend.fp32_precision != precision:
+            backend.fp32_precision = precision

@@ -162,7 +162,7 @@ def test_the_verdict_is_kept_per_model_and_does_not_keep_the_model():
     head = model.get_output_embeddings()
 
     def verified(model, rule=families.PLAIN):
-        head, given = model.lm_head, {"use_cache": False}
+        head, given = model.lm_head, {"input_ids": input_ids, "use_cache": False}
         return probe.is_verified(head, subject_of(model, head, rule, "cpu", given, False))
 
     assert not verified(model)
