@@ -4,6 +4,8 @@ losses, metrics and weights.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from sampling import sampled
@@ -188,6 +190,17 @@ def test_the_patch_is_taken_back():
         assert trl.trainer.dpo_trainer.add_fused_lm_head is ours
     for module in ("utils", "dpo_trainer", "sft_trainer"):
         assert getattr(trl.trainer, module).add_fused_lm_head is theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_async_grpo_holds_it_too():
+    """Also where it is imported meanwhile; its trainer needs a server, and is not run."""
+    theirs = trl.trainer.utils.add_fused_lm_head
+    with patched():
+        name = "trl.experimental.async_grpo.async_grpo_trainer"
+        module = importlib.import_module(name)
+        assert module.add_fused_lm_head is trl.trainer.utils.add_fused_lm_head is not theirs
+    assert module.add_fused_lm_head is theirs
 
 
 def test_an_error_takes_it_back_too():
