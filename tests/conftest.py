@@ -46,12 +46,19 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def _precisions():
+    """`torch.backends`' own setting first: a library that says "none" inherits it."""
+    backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    return {backend: backend.fp32_precision for backend in backends}
+
+
+PRECISIONS = _precisions()
+
+
 @pytest.fixture(autouse=True)
 def _precision_of_products():
     """Trainers switch TF32 on, for the whole process: not for the tests that come after."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [backend.fp32_precision for backend in backends]
     yield
-    for backend, precision in zip(backends, before, strict=True):
-        if backend.fp32_precision != precision:
+    if _precisions() != PRECISIONS:
+        for backend, precision in PRECISIONS.items():
             backend.fp32_precision = precision
