@@ -133,6 +133,20 @@ def find(
     return Rows(flat.index_select(0, index), index, labels.shape, vocab_size, carries)
 
 
+def every_label(
+    labels: Tensor,  # [N]
+    vocab_size: int,
+) -> Rows:
+    """Rows that were picked before: all of them carry loss. Nothing waits for a GPU.
+
+    Raises:
+        ValueError: a label is not in [0, V).
+    """
+    checks.picked_labels(labels, vocab_size)
+    carries = torch.ones_like(labels, dtype=torch.bool)
+    return Rows(labels, None, labels.shape, vocab_size, carries)
+
+
 def _marked(labels: Tensor, row_index: Tensor) -> Tensor:  # [...], [N] -> [...] bool
     carries = labels.new_zeros(labels.numel(), dtype=torch.bool).index_fill(0, row_index, True)
     return carries.view(labels.shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..objectives import ResolvedObjective
+from .packing import PackedTokens, refuse_restarts
 
 IGNORE_INDEX = -100
 # TRL's names: of DPOTrainer for pairs, of KTOTrainer for whatever comes as one column.
@@ -57,6 +58,14 @@ class Tokens:
         assert shift_labels is not None
         return cls(input_ids, shift_labels, None, attention_mask)
 
+    @property
+    def num_sequences(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def cu_seqlens(self) -> None:
+        """A sequence is a row."""
+
     def at_tokens(self, values: Tensor) -> Tensor:  # [S, T] -> [S, T]
         """From the positions that predict to those that are predicted, where labels came so."""
         return values if self.labels is None else unshift(values)
@@ -67,7 +76,7 @@ class PreferenceBatch:
     """S sequences, in the order of the objective's layout (`fastdpo.objectives.layouts`): of pairs
     the chosen ones first, of rankings the best ones."""
 
-    tokens: Tokens
+    tokens: Tokens | PackedTokens
     ref_logps: Tensor | None  # [S] the reference's, computed beforehand
     row_index: Tensor | None  # [N] positions among the S·T that predict a token with loss
     model_kwargs: dict[str, Any]  # everything else: pixel_values, position_ids, ...
@@ -98,15 +107,25 @@ def _check_shapes(input_ids: Tensor, others: Mapping[str, Tensor | None]) -> Non
             )
 
 
-def check_shared(shared: object, tokens: Tokens, model_kwargs: Mapping[str, Any]) -> None:
-    """Sequences that several processes share: what a process cannot know of its part is to be
-    given.
+def check_sequences(
+    shared: object, tokens: Tokens | PackedTokens, model_kwargs: Mapping[str, Any]
+) -> None:
+    """Which sequences lie in the rows: parts of them, where processes share them, and what a
+    process cannot know of its part is then to be given; several, where the batch says so.
 
     Raises:
         ValueError: there is something missing.
     """
     if shared is None:
+        if isinstance(tokens, Tokens):
+            place = model_kwargs.get("position_ids")
+            refuse_restarts(place, tokens.attention_mask, model_kwargs)
         return
+    if isinstance(tokens, PackedTokens):
+        raise ValueError(
+            "sequence_parallel should be None for packed rows: the sequences that processes share "
+            "lie in rows of their own (layout='padded')"
+        )
     if tokens.labels is not None:
         raise ValueError(
             "labels should be given as shift_labels with sequence_parallel, shifted before the "
@@ -125,10 +144,10 @@ def preference_batch(batch: Mapping[str, Any], resolved: ResolvedObjective) -> P
     Raises:
         ValueError: naming the key that is missing, superfluous or of the wrong shape.
     """
-    rest = dict(batch)
-    tokens = _take_tokens(rest)
-    count = tokens.input_ids.shape[0]
-    checks.sequence_count(count, resolved, None, name="batch['input_ids']")
+    tokens, rest = take_tokens(batch)
+    count = tokens.num_sequences
+    name = "input_ids" if isinstance(tokens, Tokens) else "row_lengths"
+    checks.sequence_count(count, resolved, None, name=f"batch[{name!r}]")
     row_index = rest.pop("row_index", None)
     keys = reference_keys(resolved)
     reference = _take_reference(rest, keys, count // len(keys))
@@ -136,6 +155,17 @@ def preference_batch(batch: Mapping[str, Any], resolved: ResolvedObjective) -> P
         if key.startswith(("ref_", "reference_")) or "logps" in key:
             raise ValueError(f"batch should have its reference under {list(keys)}, got {key!r}")
     return PreferenceBatch(tokens, reference, row_index, rest)
+
+
+def take_tokens(batch: Mapping[str, Any]) -> tuple[Tokens | PackedTokens, dict[str, Any]]:
+    """The tokens of a batch, and everything else in it.
+
+    Raises:
+        ValueError: naming the key that is missing, superfluous or of the wrong shape.
+    """
+    rest = dict(batch)
+    packed = PackedTokens.take(rest)
+    return _take_tokens(rest) if packed is None else packed, rest
 
 
 def with_row_index(batch: Mapping[str, Any]) -> dict[str, Any]:

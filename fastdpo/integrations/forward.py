@@ -110,7 +110,7 @@ def _prepared(
     model_kwargs: dict[str, Any],
 ) -> _Prepared:
     lm = causal_lm(model)
-    reader, prompted = HeadReader.of(lm), _is_prompted(model)
+    reader, prompted = HeadReader.of(lm), is_prompted(model)
     mask = model_kwargs.get("attention_mask")
     order = None
     if in_order:
@@ -222,25 +222,17 @@ def examine(
     device = some.device if device is None else device
     if torch.compiler.is_compiling() or device.type == "meta" or detect_fake_mode(some) is not None:
         return None
-    reader = HeadReader.of(lm)
-    # What gathers parameters has to be called for that; else the prompts of a prompt-learning
-    # adapter are better left out.
-    wrapper = sharding(model) if forward is None else None
-    prompted = wrapper is not None and _is_prompted(model)
+    listen = listener(model, forward)
 
     def ask(typed: bool) -> Order:
         def run(ids: Tensor, mask: Tensor, position_ids: Tensor | None) -> Tensor | None:
-            given = _no_cache(lm)
-            if position_ids is not None:
-                given["position_ids"] = position_ids
+            given = {} if position_ids is None else {"position_ids": position_ids}
             if typed:
                 given["token_type_ids"] = torch.ones_like(ids)
-            with Tapped(HeadTap(reader, None, ids.shape, prompted=prompted)) as tap:
-                (forward or wrapper or lm)(input_ids=ids, attention_mask=mask, **given)
-            return tap.hidden
+            return listen(input_ids=ids, attention_mask=mask, **given)
 
-        takes_positions = "position_ids" in _parameters(lm)
-        return order_of(lm, run, takes_positions=takes_positions, typed=typed, device=device)
+        takes = takes_positions(lm)
+        return order_of(lm, run, takes_positions=takes, typed=typed, device=device)
 
     order = ask(typed=False)
     types = model_kwargs.get("token_type_ids")
@@ -258,6 +250,31 @@ def examine(
             "prefix without token_type_ids?)"
         )
     return order
+
+
+def listener(
+    model: nn.Module,
+    forward: Callable[..., Any] | None = None,  # in place of the model's own
+) -> Callable[..., Tensor | None]:
+    """A forward of the model that returns the hidden states [S, T, D] that its head was given; None
+    where they are of another shape."""
+    lm = causal_lm(model)
+    reader = HeadReader.of(lm)
+    # What gathers parameters has to be called for that; else the prompts of a prompt-learning
+    # adapter are better left out.
+    wrapper = sharding(model) if forward is None else None
+    prompted = wrapper is not None and is_prompted(model)
+
+    def listen(*, input_ids: Tensor, **inputs: Any) -> Tensor | None:
+        with Tapped(HeadTap(reader, None, input_ids.shape, prompted=prompted)) as tap:
+            (forward or wrapper or lm)(input_ids=input_ids, **inputs, **_no_cache(lm))
+        return tap.hidden
+
+    return listen
+
+
+def takes_positions(lm: nn.Module) -> bool:
+    return "position_ids" in _parameters(lm)
 
 
 def _refuse_seen_labels(
@@ -284,7 +301,7 @@ def _no_cache(lm: nn.Module) -> dict[str, Any]:
     return {"use_cache": False} if "use_cache" in _parameters(lm) else {}
 
 
-def _is_prompted(model: nn.Module) -> bool:
+def is_prompted(model: nn.Module) -> bool:
     """Has it an adapter that puts virtual tokens before the sequence?"""
     peft = peft_model(model)
     return bool(getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False))

@@ -18,6 +18,7 @@ asked of it as well (`fastdpo.integrations.order`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
@@ -29,16 +30,25 @@ from .. import objectives
 from ..core import checks
 from ..core.call import LossCall
 from ..core.results import LinearLogps
+from ..core.sequences import sequence_sums
 from ..core.step import Reference
 from ..distributed.data import DataParallel
 from ..distributed.sequence import SequenceParallel
 from ..loss import linear_dpo_loss
-from .batches import Tokens, check_shared, preference_batch, reference_keys, with_row_index
+from .batches import (
+    Tokens,
+    check_sequences,
+    preference_batch,
+    reference_keys,
+    take_tokens,
+    with_row_index,
+)
 from .families import FAMILIES, HeadRule
 from .forward import examine
 from .heads import hidden_scale, read_head, vocab_parallel
+from .packing import PackedTokens
 from .reference import as_reference
-from .tokens import TokenOptions, find_rows, token_logps, tokens_loss
+from .tokens import TokenOptions, rows_with_loss, token_logps, tokens_loss
 from .unwrap import UnsupportedModel
 
 __all__ = [
@@ -73,7 +83,7 @@ class DPOOutput(NamedTuple):
     chosen_rewards: Tensor  # detached
     rejected_rewards: Tensor  # detached
     aux_loss: Tensor | None  # [] the routers' balancing loss, where the model returned one
-    tokens: LinearLogps | None  # detached, each [S, T]; None without `stats`
+    tokens: LinearLogps | None  # detached, each [S, T] (packed: [N]); None without `stats`
 
 
 def sequence_logps(
@@ -118,7 +128,10 @@ def sequence_logps(
             then this process's part, and the model's attention is whatever joins the parts. The
             result is the whole sequences'. Nothing about the order of tokens or about padding is
             asked of the model.
-        **model_kwargs: go to the model's forward (pixel_values, position_ids, ...).
+        **model_kwargs: go to the model's forward (pixel_values, position_ids, ...). Or, instead of
+            labels and attention_mask, what a packed batch of `fastdpo.data` has:
+            `sequence_logps(model, **batch)`. The result is then about its S sequences, with
+            per_token about its row_labels [N].
 
     Returns:
         [S] in fp32 (fp64 for fp64 models), differentiable; see per_token and stats.
@@ -128,7 +141,8 @@ def sequence_logps(
         UnsupportedModel: a ValueError; the model is no decoder-only causal language model, its
             logits are not what fastdpo computes, or its head cannot be read.
     """
-    tokens = Tokens.of(input_ids, labels, shift_labels, attention_mask)
+    given = {"labels": labels, "shift_labels": shift_labels, "attention_mask": attention_mask}
+    tokens, model_kwargs = take_tokens({"input_ids": input_ids, **given, **model_kwargs})
     if stats and not per_token:
         raise ValueError(f"stats should come with per_token=True, got {list(stats)} without it")
     if per_token and average_log_prob:
@@ -137,17 +151,21 @@ def sequence_logps(
         )
     options = TokenOptions(tuple(stats), temperature, workspace_bytes, backend)
     shared = checks.shares_sequences(sequence_parallel)
-    check_shared(shared, tokens, model_kwargs)
+    check_sequences(shared, tokens, model_kwargs)
     if shared is None:
         examine(model, input_ids.device, labels=labels, **model_kwargs)
-    found = find_rows(model, tokens.shifted)
+    found = rows_with_loss(model, tokens)
     logps, _ = token_logps(model, tokens, found, options, in_order=shared is None, **model_kwargs)
     if per_token:
         return _at_tokens(tokens, logps) if options.stats else tokens.at_tokens(logps.logps)
-    sums, lengths = logps.logps.sum(-1), found.lengths()
+    # As the loss adds them, to the bit.
+    found = found.to(logps.logps.device)
+    segments = found.segments(tokens.cu_seqlens)
+    sums = sequence_sums(found.gather(logps.logps.flatten()), segments.rows)
     if shared is not None:
-        sums, lengths = shared.total(sums), shared.total(lengths)
-    return sums / lengths.to(sums.device).clamp(min=1) if average_log_prob else sums
+        sums = shared.total(sums)
+        segments = dataclasses.replace(segments, lengths=shared.total(segments.lengths))
+    return segments.average(sums) if average_log_prob else sums
 
 
 def dpo_loss(
@@ -191,6 +209,9 @@ def dpo_loss(
             [B], for rankings and single answers `ref_logps` [S] (sums; averages where
             `average_log_prob`), and `row_index` as `with_row_index` adds it: then nothing waits for
             a GPU, else the number of rows does, once. All other entries go to the models' forward.
+            Or a batch of packed rows or shared prompts, as `fastdpo.data.PairCollator` makes it,
+            whose S sequences have the same order; the first time a model gets one, its hidden
+            states are compared with those of the sequences by themselves.
         ref_model: the reference.
         ref_adapter: the adapter of a PEFT model that makes it the reference, such as a frozen copy
             of the adapter that training continues from; "__base__" is the model without adapters.
@@ -204,7 +225,8 @@ def dpo_loss(
         router_aux_loss_coef: for mixtures of experts: ask the model for its routers' balancing
             loss, and add it times this. None leaves the model's own configuration alone, and adds
             nothing.
-        stats: what to report about every token, as in `sequence_logps`; comes back in `tokens`.
+        stats: what to report about every token, as in `sequence_logps`; comes back in `tokens`
+            ([N] of packed rows).
         temperature, workspace_bytes, backend: as in `fastdpo.loss.linear_logps`.
         sequence_parallel: as in `sequence_logps`. Every process gets the same loss, and the
             gradient of its own tokens: what all of them hold takes the sum over them, not the mean.
@@ -214,7 +236,8 @@ def dpo_loss(
 
     Raises:
         ValueError: naming the argument or the key of the batch.
-        UnsupportedModel: a ValueError; see `sequence_logps`.
+        UnsupportedModel: a ValueError; see `sequence_logps`. Or the model, or its attention
+            implementation, cannot do the batch's layout.
     """
     for name in objective_options:
         if name in _NOT_OBJECTIVES:
@@ -241,20 +264,26 @@ def dpo_loss(
             f"ref_adapter should be None where there is another reference or none, got "
             f"{ref_adapter!r}"
         )
+    if router_aux_loss_coef is not None and isinstance(tokens, PackedTokens):
+        raise ValueError(
+            "router_aux_loss_coef should be None for packed rows: transformers counts the experts' "
+            "tokens by a mask of another shape (layout='padded')"
+        )
     options = TokenOptions(tuple(stats), temperature, workspace_bytes, backend, logging=True)
     checks.flag("average_log_prob", average_log_prob)
     shared = checks.sequence_parallel(sequence_parallel, resolved)
-    check_shared(shared, tokens, model_kwargs)
-    count = tokens.input_ids.shape[0] // resolved.num_candidates
+    check_sequences(shared, tokens, model_kwargs)
+    count = tokens.num_sequences // resolved.num_candidates
     loss = LossCall(
         resolved,
         average_log_prob,
+        cu_seqlens=tokens.cu_seqlens,
         sequence_parallel=shared,
         normalization=checks.normalization(num_pairs, num_tokens, data_parallel, resolved, count),
     )
     if shared is None:  # before the reference is computed
         examine(model, tokens.input_ids.device, labels=tokens.labels, **model_kwargs)
-    found = find_rows(model, tokens.shifted, parts.row_index)
+    found = rows_with_loss(model, tokens, parts.row_index)
     run = functools.partial(token_logps, in_order=shared is None)
 
     reference = Reference(parts.ref_logps)
@@ -289,8 +318,8 @@ def dpo_loss(
 
 
 def _at_tokens(
-    tokens: Tokens,
-    logps: LinearLogps,  # [S, T] each
+    tokens: Tokens | PackedTokens,
+    logps: LinearLogps,  # [S, T] each, of packed rows [N]
     stats: tuple[str, ...] | None = None,
 ) -> LinearLogps:
     """Where the labels were given; with `stats`, of these alone and detached."""

@@ -60,7 +60,7 @@ def order_of(
     subject = _subject(lm), typed
     known = _known.get(lm, {})
     if subject not in known:
-        with torch.no_grad(), without_dropout(lm), _eagerly(device):
+        with torch.no_grad(), without_dropout(lm), eagerly(device):
             order, certain = _ask(lm, run, takes_positions, device)
         if not certain:  # weights that are still zero, or not finite, tell nothing
             return order
@@ -74,7 +74,7 @@ def _subject(lm: Any) -> object:
 
 
 @contextmanager
-def _eagerly(device: torch.device) -> Iterator[None]:
+def eagerly(device: torch.device) -> Iterator[None]:
     """Without compiling anything for these shapes, and without weights cast for autocast in the
     absence of gradients, which autocast would keep for the forward that needs them."""
     kind = device.type
@@ -93,7 +93,7 @@ def _ask(
 ) -> tuple[Order, bool]:  # and whether it is certain
     config = lm.config
     text_config = config.get_text_config()
-    ordinary = _ordinary_tokens(config.to_dict(), text_config.vocab_size, 2 * _LENGTH)
+    ordinary = ordinary_tokens(config.to_dict(), text_config.vocab_size, 2 * _LENGTH)
     if not ordinary:
         return UNKNOWN, True
     tokens = torch.tensor(ordinary, device=device)
@@ -161,7 +161,7 @@ def _same(
     return bool(((a - b).norm(dim=-1) <= tolerance * b.norm(dim=-1)).all())
 
 
-def _ordinary_tokens(config: dict[str, Any], vocab_size: int, count: int) -> list[int]:
+def ordinary_tokens(config: dict[str, Any], vocab_size: int, count: int) -> list[int]:
     """Token ids that stand for no image, no padding and no end; some twice in a tiny vocabulary."""
     special = set(_special_tokens(config))
     found = list(islice((i for i in range(vocab_size) if i not in special), count))

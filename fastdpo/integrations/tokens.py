@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from ..core import checks, rows, step
 from ..core.call import LossCall
+from ..core.picked import picked
 from ..core.results import LinearDPOOutput, LinearLogps
 from ..core.rows import Rows
 from ..core.step import Reference
 from ..loss import linear_logps
 from .batches import IGNORE_INDEX, Tokens
-from .forward import AUX_LOSS, answered
+from .forward import AUX_LOSS, answered, examine
 from .heads import HeadReader
+from .layout_check import check_layout
+from .packing import PackedTokens, check_attention
 from .tap import Answer, Answers, AtHead
 from .unwrap import causal_lm
 
@@ -73,19 +76,33 @@ def find_rows(
         ValueError: a label lies outside the model's vocabulary.
     """
     index = None if row_index is None else row_index.to(shifted_labels.device)
-    vocab_size = HeadReader.of(causal_lm(model)).vocab_size
-    return rows.find(shifted_labels, IGNORE_INDEX, vocab_size, index)
+    return rows.find(shifted_labels, IGNORE_INDEX, _vocab_size(model), index)
+
+
+def rows_with_loss(
+    model: nn.Module,
+    tokens: Tokens | PackedTokens,
+    row_index: Tensor | None = None,  # [N]
+) -> Rows:
+    """`find_rows`, of a batch of either kind: those of packed rows are known."""
+    if isinstance(tokens, PackedTokens):
+        return tokens.found(_vocab_size(model))
+    return find_rows(model, tokens.shifted, row_index)
+
+
+def _vocab_size(model: nn.Module) -> int:
+    return HeadReader.of(causal_lm(model)).vocab_size
 
 
 def token_logps(
     model: nn.Module,
-    tokens: Tokens,
+    tokens: Tokens | PackedTokens,
     found: Rows,
     options: TokenOptions,
     **model_kwargs: Any,  # and `in_order` of `answered`
 ) -> tuple[LinearLogps, Tensor | None]:
-    """Per position [S, T], 0 where it predicts nothing with loss; and the balancing loss of a
-    mixture of experts, where the model returned one.
+    """Per position [S, T], 0 where it predicts nothing with loss (of packed rows: per token with
+    loss [N]); and the balancing loss of a mixture of experts, where the model returned one.
 
     A process without sequences takes part all the same, where others wait for it: the model runs
     on one that carries no loss.
@@ -93,6 +110,8 @@ def token_logps(
     Raises:
         ValueError: see `fastdpo.integrations.forward.answered`.
     """
+    if isinstance(tokens, PackedTokens):
+        return _packed_logps(model, tokens, found, options, **model_kwargs)
     count, length = tokens.input_ids.shape
     if count == 0:
         tokens = _stand_in(tokens)
@@ -107,6 +126,28 @@ def token_logps(
         return logps_of(answers), aux_loss
     logps = logps_of({k: v[:0, :length] for k, v in answers.items() if k != AUX_LOSS})
     return logps, None if aux_loss is None else 0.0 * aux_loss
+
+
+def _packed_logps(
+    model: nn.Module,
+    tokens: PackedTokens,
+    found: Rows,
+    options: TokenOptions,
+    **model_kwargs: Any,
+) -> tuple[LinearLogps, Tensor | None]:
+    lm, device = causal_lm(model), tokens.input_ids.device
+    check_attention(lm, tokens)
+    order = examine(model, device)
+    offset = 0 if order is None else order.position_offset or 0
+    if order is not None:  # it can be asked
+        check_layout(model, lm, tokens, offset)
+    answers = answered(
+        model,
+        tokens.input_ids,
+        answer=token_answer(tokens.row_labels, found, options, row_index=tokens.row_index),
+        **{**model_kwargs, **tokens.inputs_for(lm, offset), "in_order": False},
+    )
+    return logps_of(answers), answers.get(AUX_LOSS)
 
 
 def _stand_in(tokens: Tokens) -> Tokens:
@@ -138,12 +179,14 @@ def tokens_loss(
 
 
 def token_answer(
-    shifted_labels: Tensor,  # [S, T]
+    shifted_labels: Tensor,  # [S, T], or with row_index [N]
     found: Rows,
     options: TokenOptions,
     columns: int | None = None,
+    row_index: Tensor | None = None,  # [N]
 ) -> Answer:
-    """What a head is to compute, and `logps_of` reads: of the first `columns` positions."""
+    """What a head is to compute, and `logps_of` reads: of the first `columns` positions, or of
+    those of row_index, which may name one several times."""
     whole, padded = found, found.padded()
 
     def answer(at: AtHead) -> Answers:
@@ -151,6 +194,8 @@ def token_answer(
         known = padded if torch.compiler.is_compiling() else whole
         hidden, weight, bias = options.operands(at)
         device = hidden.device
+        if row_index is not None:
+            hidden = picked(hidden.flatten(0, -2), row_index.to(device))
         # Whoever casts to fp32 has chosen the dtype of the product.
         quiet = torch.autocast(device.type, enabled=False) if options.fp32_head else nullcontext()
         with quiet:
@@ -169,8 +214,8 @@ def token_answer(
                 vocab_parallel=at.vocab_parallel,
             )
         if isinstance(tokens, Tensor):
-            return {"logps": tokens[:, :columns]}
-        values = {k: v[:, :columns] for k, v in tokens._asdict().items() if v is not None}
+            return {"logps": tokens[..., :columns]}
+        values = {k: v[..., :columns] for k, v in tokens._asdict().items() if v is not None}
         if options.logging and "entropy" in values:
             values["entropy"] = values["entropy"].detach()
         return values
