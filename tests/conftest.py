@@ -62,3 +62,13 @@ def _precision_of_products():
     if _precisions() != PRECISIONS:
         for backend, precision in PRECISIONS.items():
             backend.fp32_precision = precision
+
+
+@pytest.fixture(autouse=True)
+def _no_autocast_is_left_on():
+    """A mode that a test leaves on is found where it was left, not in the tests that come after."""
+    yield
+    left = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    for kind in left:
+        torch.set_autocast_enabled(kind, False)
+    assert not left, f"autocast was left on for {left}"

@@ -4,6 +4,8 @@ and what it allocates (`benchmarks/instruments/fake_gpu.py`).
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hf_models import batch, build
@@ -89,16 +91,27 @@ def test_policy_and_reference_agree_to_the_bit(dtype):
         assert not gpu.get(out.chosen_rewards).any()
 
 
-def test_autocast_writes_the_weights_gradient_once(monkeypatch):
+@contextlib.contextmanager
+def autocast_on_gpu(enabled: bool = True):
+    """To bf16. (`torch.autocast` would say that there is no GPU.)"""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def test_autocast_writes_the_weights_gradient_once():
     """fp32 weights, 16-bit products: their fp32 sums go into the gradient, with no copy between."""
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     n, vocab, d = 8192, 128_256, 1024
-    extra = step_bytes(n, vocab, d, trained=True, workspace=None, dtype=torch.float32)
+    with autocast_on_gpu():
+        extra = step_bytes(n, vocab, d, trained=True, workspace=None, dtype=torch.float32)
     e, weight, rows = 2 * n * vocab, 2 * vocab * d, n * d * (2 + 2 + 4)
     assert e + weight < extra < e + weight + rows + 8 * MIB
 
-    monkeypatch.undo()
     tensors = make(21, 600, 32, torch.float32)
     tensors = [None if t is None else t.bfloat16().float() if t.is_floating_point() else t
                for t in tensors]  # fmt: skip
@@ -108,9 +121,8 @@ def test_autocast_writes_the_weights_gradient_once(monkeypatch):
             hidden, weight, _, labels = (None if t is None else gpu.put(t) for t in tensors)
             hidden.requires_grad_()
             weight.requires_grad_()
-            monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, on=autocast: on)
-            monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-            logps = linear_logps(hidden, weight, labels)
+            with autocast_on_gpu(autocast):
+                logps = linear_logps(hidden, weight, labels)
             grads = torch.autograd.grad(logps.sum(), (hidden, weight))
             results.append([gpu.get(t).detach() for t in (logps, *grads)])
     for exact, ours in zip(*results, strict=True):
@@ -119,7 +131,7 @@ def test_autocast_writes_the_weights_gradient_once(monkeypatch):
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["bf16", "autocast"])
-def test_tiny_upstream_gradients_of_unlikely_labels(wide, monkeypatch):
+def test_tiny_upstream_gradients_of_unlikely_labels(wide):
     """g r is below the least fp32 number: products of lifted coefficients, which wait for
     nothing.
     """
@@ -129,13 +141,15 @@ def test_tiny_upstream_gradients_of_unlikely_labels(wide, monkeypatch):
     exact = torch.autograd.grad(
         1e-22 * eager_logps(*(t.double() for t in tensors), labels).sum(), tensors
     )
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: wide and device == "cuda")
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     for workspace in (0, None):
         with FakeGPU() as gpu:
             there = [gpu.put(t) for t in tensors]
             rows = gpu.put(torch.arange(12))
-            logps = linear_logps(*there, gpu.put(labels), row_index=rows, workspace_bytes=workspace)
+            labels_there = gpu.put(labels)
+            with autocast_on_gpu(wide):
+                logps = linear_logps(
+                    *there, labels_there, row_index=rows, workspace_bytes=workspace
+                )
             grads = torch.autograd.grad(1e-22 * logps.sum(), there)
             assert gpu.waits == []
             for ours, oracle in zip(grads, exact, strict=True):
