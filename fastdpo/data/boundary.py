@@ -58,7 +58,7 @@ def pair_ids(tokenizer: Any, prompt: str, chosen: str, rejected: str, *, special
 
 def _ended(tokenizer: Any, answer: str) -> str:
     if tokenizer.eos_token is None:
-        raise ValueError("'chosen' is a string, which an end token goes behind: set its eos_token")
+        raise ValueError("'chosen' is a string, and the tokenizer has no eos_token to go behind it")
     return answer if answer.endswith(tokenizer.eos_token) else answer + tokenizer.eos_token
 
 

@@ -244,7 +244,9 @@ def _prepare_rows(rows: Iterable[Any], encoder: Encoder) -> list[dict[str, Any]]
 
 def _prepare_dataset(dataset: Any, encoder: Encoder, options: dict[str, Any]) -> Any:
     names = dataset.column_names
-    mapped = dataset.with_format(None).map(
+    if dataset.format["type"] != "custom":  # a transform is the user's; tensors and arrays are not
+        dataset = dataset.with_format(None)
+    mapped = dataset.map(
         _encode_of_dataset,
         with_indices=True,
         fn_kwargs={"encoder": encoder},
@@ -252,6 +254,7 @@ def _prepare_dataset(dataset: Any, encoder: Encoder, options: dict[str, Any]) ->
         desc="Tokenizing pairs",
         **options,
     )
+    mapped = mapped.with_format(None)
     if len(mapped) == 0:
         return mapped  # map has not run: there is no column to read
     fits = _report(mapped[_FATE][:], encoder, mapped)

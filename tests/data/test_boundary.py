@@ -93,5 +93,5 @@ def test_what_has_no_tokens():
         with pytest.raises(ValueError, match=message):
             pair_ids(tokenizer, *texts, special=False)
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="set its eos_token"):
+    with pytest.raises(ValueError, match="has no eos_token"):
         pair_ids(tokenizer, "a", "b", "c", special=True)

@@ -197,6 +197,17 @@ def test_what_arrow_adds_to_a_data_set_changes_no_text(tokenizer):
     assert "word" not in tokenizer.decode(expected[1]["chosen_ids"])
 
 
+def test_a_transform_of_the_data_set_comes_first(tokenizer):
+    def renamed(batch):
+        return {"prompt": batch["question"], "chosen": batch["a"], "rejected": batch["b"]}
+
+    rows = [{"question": ROW["prompt"], "a": ROW["chosen"], "b": ROW["rejected"]}]
+    data = datasets.Dataset.from_list(rows).with_transform(renamed)
+    found = prepare(data, tokenizer)
+    assert found.format["type"] is None
+    assert list(found) == prepare([ROW], tokenizer)
+
+
 def test_tools_and_variables_of_the_call_and_of_the_row(tokenizer):
     def text(row, **options):
         return tokenizer.decode(prepare([row], tokenizer, **options)[0]["prompt_ids"])
