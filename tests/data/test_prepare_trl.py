@@ -181,4 +181,5 @@ def test_an_empty_list_of_tools_is_none(tmp_path):
     rows = [{**EXPLICIT[0], "tools": "[]"}]
     (theirs,) = trained_on(rows, tokenizer, tmp_path)
     assert tokenizer.decode(theirs["prompt_ids"]).startswith("<s>tools: []")
-    assert prepare(rows, tokenizer) == prepare([EXPLICIT[0]], tokenizer)
+    expected = prepare([EXPLICIT[0]], tokenizer)
+    assert prepare(rows, tokenizer) == prepare(rows, tokenizer, tools=[]) == expected
