@@ -1,10 +1,13 @@
-"""Preference data: token ids, batches of them, and the reference's log-probabilities.
+"""Preference data: from rows of text or messages to batches of token ids.
 
-PairCollator    examples to a batch: padded, packed, or with shared prompts
+prepare         a data set in any of TRL's preference formats to prompt_ids, chosen_ids,
+                rejected_ids
+PairCollator    examples of these to a batch: padded, packed, or with shared prompts
 truncate        a prompt and its answers to a length
 """
 
 from .collator import PairCollator
+from .prepare import prepare
 from .truncation import truncate
 
-__all__ = ["PairCollator", "truncate"]
+__all__ = ["PairCollator", "prepare", "truncate"]

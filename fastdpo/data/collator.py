@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layouts import LAYOUTS, documents_of, rows_of, tokens_in, varlen
-from .truncation import check_mode, truncate
+from .truncation import check, truncate
 
 Example = Mapping[str, Any]
 Batch = dict[str, Any]
@@ -77,9 +77,7 @@ class PairCollator:
         _whole("pad_token_id", self.pad_token_id, at_least=0)
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout should be one of {list(LAYOUTS)}, got {self.layout!r}")
-        if self.max_length is not None:
-            _whole("max_length", self.max_length, at_least=2)
-        check_mode(self.truncation_mode)
+        check(self.max_length, self.truncation_mode)
         if self.attention not in ATTENTION:
             raise ValueError(
                 f"attention should be one of {list(ATTENTION)}, got {self.attention!r}"
@@ -119,8 +117,6 @@ class PairCollator:
         prompt, *answers = (
             _ids(where, example, key) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
         )
-        if self.max_length is None:
-            return prompt, answers
         try:
             return truncate(prompt, answers, self.max_length, self.truncation_mode)
         except ValueError as error:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import prepare
+from ..data.prepare import RowError
+from .model import PLAIN_TEMPLATE
 from .options import InputError
 from .pairs import Pair
-from .prompts import Message
 
 Batch = dict[str, Tensor]
 
@@ -29,68 +31,38 @@ class Example:
     ref_rejected_logps: float | None = None
 
 
-def texts(pair: Pair, tokenizer: Any) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected as strings, through the chat template where they are messages.
+def encode_all(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> list[Example]:
+    """Pairs of whose answers truncation to max_length leaves nothing are dropped, with a warning.
 
     Raises:
-        InputError: the chat template does not continue its own prompt.
+        InputError: naming the file and line of a pair that cannot be used, or too few are left.
     """
-    parts = (pair.prompt, pair.chosen, pair.rejected)
-    if not pair.conversational:
-        prompt, chosen, rejected = (part for part in parts if isinstance(part, str))
-        return prompt, chosen, rejected
-    messages, good, bad = (part for part in parts if isinstance(part, list))
-    if tokenizer.chat_template is None:
-        prompt = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: "
-        return prompt, _contents(good), _contents(bad)
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return (
-        prompt,
-        _continuation(messages, good, prompt, tokenizer),
-        _continuation(messages, bad, prompt, tokenizer),
-    )
-
-
-def _contents(messages: list[Message]) -> str:
-    return "\n".join(message["content"] for message in messages)
-
-
-def _continuation(
-    prompt: list[Message], answer: list[Message], prompt_text: str, tokenizer: Any
-) -> str:
-    whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)
-    if not whole.startswith(prompt_text):
-        raise InputError("--data: the model's chat template changes the prompt once it is answered")
-    return whole[len(prompt_text) :]
-
-
-def encode(pair: Pair, tokenizer: Any, max_length: int) -> Example | None:
-    """None where truncation to max_length leaves nothing of an answer."""
-    prompt, chosen, rejected = texts(pair, tokenizer)
-    templated = pair.conversational and tokenizer.chat_template is not None
-    prompt_ids = tokenizer(prompt, add_special_tokens=not templated)["input_ids"]
-    if not templated and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
-        prompt_ids = prompt_ids[:-1]  # the end belongs behind the answer
-    room = max_length - len(prompt_ids)
-    answers = []
-    for text in (chosen, rejected):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None and not templated:
-            ids = [*ids, tokenizer.eos_token_id]
-        answers.append(ids[: max(0, room)])
-    if not prompt_ids or not all(answers):
-        return None
-    return Example(prompt_ids, answers[0], answers[1], pair.flaw, pair.good)
-
-
-def encode_all(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> list[Example]:
-    encoded = [encode(pair, tokenizer, max_length) for pair in pairs]
-    examples = [example for example in encoded if example is not None]
-    if len(examples) < 2:
-        raise InputError(
-            f"--max-length {max_length} leaves {len(examples)} pairs with a prompt and two answers"
+    rows = [
+        {
+            "prompt": pair.prompt,
+            "chosen": pair.chosen,
+            "rejected": pair.rejected,
+            "flaw": pair.flaw,
+            "good": pair.good,
+        }
+        for pair in pairs
+    ]
+    try:
+        prepared = prepare(
+            rows,
+            tokenizer,
+            max_length=max_length,
+            too_long="drop",
+            chat_template=None if tokenizer.chat_template else PLAIN_TEMPLATE,
+            keep_columns=("flaw", "good"),
         )
-    return examples
+    except RowError as error:
+        raise InputError(f"{pairs[error.row].where}: {error.reason}") from None
+    if len(prepared) < 2:
+        raise InputError(
+            f"--max-length {max_length} leaves {len(prepared)} pairs with a prompt and two answers"
+        )
+    return [Example(**row) for row in prepared]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device) -> Batch:

@@ -14,6 +14,14 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# The same to a model that was loaded with no template of its own. The space stands before what is
+# said, not behind the role: there it would be half of the answer's first token.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] }}: "
+    "{{ message['content'] or '' }}"
+    "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% else %}{{ '\\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 _END = "<|end|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 _PAD = "<|pad|>"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.prompts import COLUMNS, Text, read_row
 from .options import InputError
-from .prompts import Text, split_row
-
-COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -23,17 +21,14 @@ class Pair:
     rejected: Text
     flaw: str = ""  # what is wrong with the rejected answer, where that is known
     good: frozenset[str] = frozenset()  # every good answer to the prompt, where they are known
-
-    @property
-    def conversational(self) -> bool:
-        return isinstance(self.prompt, list)
+    where: str = field(default="--data", compare=False)  # the file and line it was read from
 
 
 def read_pairs(path: Path) -> list[Pair]:
     """One JSON object a line, or the rows of a Parquet file (`.parquet`, which needs pyarrow).
 
     The columns are chosen and rejected, each a string or a list of messages, and prompt, which may
-    be missing or null where both begin with it (see fastdpo.demo.prompts). Others are not read.
+    be missing or null where both begin with it (see fastdpo.data.prompts). Others are not read.
 
     Raises:
         InputError: naming the file, the line or row, and the column.
@@ -81,34 +76,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def _pair(row: Any, where: str) -> Pair:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with the columns {', '.join(COLUMNS)}")
-    for name in COLUMNS:
-        value = row.get(name)
-        if value is not None:
-            _check_text(value, name, where)
-        elif name != "prompt":
-            raise InputError(f"{where}: missing the column {name!r}")
     try:
-        return Pair(*split_row(row.get("prompt"), row["chosen"], row["rejected"]))
+        return Pair(*read_row(row), where=where)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-
-
-def _check_text(value: object, name: str, where: str) -> None:
-    if isinstance(value, str):
-        if name != "prompt" and not value.strip():
-            raise InputError(f"{where}: {name!r} is empty")
-        return
-    if not isinstance(value, list):
-        raise InputError(f"{where}: {name!r} should be a string or a list of messages")
-    if not value:
-        raise InputError(f"{where}: {name!r} is empty")
-    for message in value:
-        keys = ("role", "content")
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in keys
-        ):
-            raise InputError(f"{where}: {name!r} should hold messages with 'role' and 'content'")
-    if name != "prompt" and not any(message["content"].strip() for message in value):
-        raise InputError(f"{where}: {name!r} is empty")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,11 +63,16 @@ def run(options: Options, console: Console | None = None) -> None:
         pairs = synthetic.make_pairs(SYNTHETIC_PAIRS, options.seed)
     model, tokenizer = _model_and_tokenizer(options, pairs)
     random.Random(options.seed).shuffle(pairs)
-    examples = encode_all(pairs, tokenizer, _room(model, options))
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always", UserWarning)
+        examples = encode_all(pairs, tokenizer, _room(model, options))
     held_out = examples[: max(1, min(MOST_HELD_OUT, int(HELD_OUT * len(examples))))]
     training = examples[len(held_out) :]
     setting = Setting(options, options.torch_device, tokenizer.pad_token_id)
     _introduce(console, options, model, tokenizer, len(training), len(held_out))
+    for note in noted:
+        if note.category is UserWarning:
+            console.print(f"Note: {note.message}", markup=False)
 
     done = Run()
     with report.progress(console) as bars:
@@ -95,7 +101,7 @@ def _contents(pairs: Sequence[Pair]) -> list[str]:
     return [
         content
         for part in parts
-        for content in ([part] if isinstance(part, str) else [m["content"] for m in part])
+        for content in ([part] if isinstance(part, str) else [m["content"] or "" for m in part])
     ]
 
 

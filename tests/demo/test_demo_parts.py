@@ -67,31 +67,44 @@ def test_batches_are_chosen_then_rejected_and_only_answers_carry_loss():
     assert batch["ref_rejected_logps"].tolist() == [-8, -2, -4]
 
 
+def encoded(tokenizer, *pair, max_length=64):
+    return collate.encode_all([Pair(*pair)] * 2, tokenizer, max_length)[0]
+
+
 def test_plain_text_ends_with_the_end_token_and_templates_end_themselves():
     tokenizer = models.make_tokenizer(["say a word", "another word"])
-    plain = collate.encode(Pair("say", " word", " another word"), tokenizer, 64)
+    plain = encoded(tokenizer, "say", " word", " another word")
     assert tokenizer.decode(plain.prompt_ids) == "say"
     assert tokenizer.decode(plain.chosen_ids) == " word<|end|>"
     messages = [{"role": "user", "content": "say"}]
-    answers = ([{"role": "assistant", "content": text}] for text in ("word", "another"))
-    chat = collate.encode(Pair(messages, *answers), tokenizer, 64)
+    answers = [[{"role": "assistant", "content": text}] for text in ("word", "another")]
+    chat = encoded(tokenizer, messages, *answers)
     assert tokenizer.decode(chat.prompt_ids) == "<|user|>say<|end|><|assistant|>"
     assert tokenizer.decode(chat.rejected_ids) == "another<|end|>"
     tokenizer.chat_template = None
-    answers = ([{"role": "assistant", "content": text}] for text in ("word", "another"))
-    bare = collate.encode(Pair(messages, *answers), tokenizer, 64)
-    assert tokenizer.decode(bare.prompt_ids) == "user: say\nassistant: "
-    assert tokenizer.decode(bare.chosen_ids) == "word<|end|>"
+    bare = encoded(tokenizer, messages, *answers)
+    assert tokenizer.decode(bare.prompt_ids) == "user: say\nassistant:"
+    assert tokenizer.decode(bare.chosen_ids) == " word<|end|>"
 
 
 def test_long_answers_are_cut_and_a_template_that_rewrites_the_prompt_is_refused():
     tokenizer = models.make_tokenizer(["a b c d"])
-    cut = collate.encode(Pair("a", " b c d" * 9, " b"), tokenizer, 8)
+    cut = encoded(tokenizer, "a", " b c d" * 9, " b", max_length=8)
     assert len(cut.prompt_ids) + len(cut.chosen_ids) == 8
     tokenizer.chat_template = "{{ messages | length }}{% if add_generation_prompt %}?{% endif %}"
     messages = [{"role": "user", "content": "a"}]
-    with pytest.raises(InputError, match="chat template"):
-        collate.encode(Pair(messages, messages, messages), tokenizer, 8)
+    answers = [[{"role": "assistant", "content": text}] for text in ("b", "c")]
+    pair = Pair(messages, *answers, where="pairs.jsonl, line 7")
+    with pytest.raises(InputError, match=r"^pairs\.jsonl, line 7: the chat template changes"):
+        collate.encode_all([pair], tokenizer, 8)
+
+
+def test_pairs_that_truncation_leaves_nothing_of_are_dropped_and_counted():
+    tokenizer = models.make_tokenizer(["a b c d"])
+    pairs = [Pair("a", " b", " c"), Pair("a b c d" * 9, " b", " c"), Pair("a", " d", " c")]
+    with pytest.warns(UserWarning, match="1 of 3 pairs are too long"):
+        kept = collate.encode_all(pairs, tokenizer, 8)
+    assert [tokenizer.decode(example.chosen_ids) for example in kept] == [" b<|end|>", " d<|end|>"]
 
 
 def test_every_step_logs_what_the_models_own_logits_say():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastdpo.loss
+from fastdpo.data import prepare
 from fastdpo.integrations import batches, hf
 from fastdpo.integrations.trl import use_fastdpo
 from fastdpo.objectives import markdown_table
@@ -76,6 +77,7 @@ PUBLIC = [
     *(getattr(fastdpo.loss, name) for name in fastdpo.loss.__all__ if name in fastdpo.__all__),
     *(getattr(hf, name) for name in ("dpo_loss", "sequence_logps")),
     use_fastdpo,
+    prepare,
 ]
 
 
@@ -101,6 +103,20 @@ def test_the_quickstart_runs(capsys):
     assert names["out"].loss.isfinite()
     assert names["weight"].grad.shape == names["weight"].shape
     assert capsys.readouterr().out.startswith("tensor(")
+
+
+def test_the_example_of_preparing_data_runs():
+    tokenizers = pytest.importorskip("fastdpo.demo.model")
+    datasets = pytest.importorskip("datasets")
+    says = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    other = [says[0], {"role": "assistant", "content": "c"}]
+    rows = [{"chosen": says, "rejected": other}, {"chosen": says, "rejected": says}]
+    names = {
+        "dataset": datasets.Dataset.from_list(rows),
+        "tokenizer": tokenizers.make_tokenizer(["a b c"]),
+    }
+    exec(code("tasks/data.md", "prepare(dataset"), names)
+    assert len(names["pairs"]) == 1
 
 
 def test_the_labels_of_a_packed_batch_are_those_of_a_padded_one():

@@ -52,6 +52,10 @@ def test_the_functions_load_pytorch_alone():
     assert loaded_after("import fastdpo; fastdpo.parallel.VocabParallel") == ["torch"]
 
 
+def test_preparing_data_loads_no_library_that_it_is_not_given():
+    assert set(loaded_after("import fastdpo.data.prepare")) <= {"torch"}
+
+
 def test_one_place_states_the_version():
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version"]' in pyproject

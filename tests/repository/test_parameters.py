@@ -15,7 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 MOST = 8
 # Modules whose functions without an underscore are what users call.
-PUBLIC = ("fastdpo/loss.py", "fastdpo/integrations/hf.py", "fastdpo/integrations/liger.py")
+PUBLIC = (
+    "fastdpo/loss.py",
+    "fastdpo/data/prepare.py",
+    "fastdpo/integrations/hf.py",
+    "fastdpo/integrations/liger.py",
+)
 # A kernel takes numbers and pointers, and a fake has its operator's signature.
 DECORATED = ("triton.jit", "register_fake")
 REASON = re.compile(r"# many parameters: \w+")

@@ -2,52 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from preference_rows import HH, HH_PROMPT, IMPLICIT, TURNS, ULTRAFEEDBACK, assistant, user
 
-from fastdpo import cli
-from fastdpo.demo import collate
-from fastdpo.demo import model as models
-from fastdpo.demo.options import InputError
-from fastdpo.demo.pairs import Pair, read_pairs
-from fastdpo.demo.prompts import split_row
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-SYSTEM = {"role": "system", "content": "Be kind."}
-WORDS = ("yes", "no", "hello", "goodbye", "red", "blue", "one", "two")
-HH_PROMPT = "\n\nHuman: Hi.\n\nAssistant: Hi!\n\nHuman: Say {}.\n\nAssistant:"
-HH = [
-    {
-        "chosen": HH_PROMPT.format(word) + f" I say {word}",
-        "rejected": HH_PROMPT.format(word) + " I am silent",
-    }
-    for word in WORDS
-]
-ULTRAFEEDBACK = [
-    {
-        "prompt": f"Say {word}.",
-        "prompt_id": "f0e37e9f",
-        "chosen": [user(f"Say {word}."), assistant(word)],
-        "rejected": [user(f"Say {word}."), assistant(f"not {word}")],
-        "messages": [user(f"Say {word}."), assistant(word)],
-        "score_chosen": 8.5,
-        "score_rejected": 2.0,
-    }
-    for word in WORDS
-]
-IMPLICIT = [
-    {key: row[key] for key in ("chosen", "rejected", "score_chosen")} for row in ULTRAFEEDBACK
-]
-TURNS = [SYSTEM, user("a"), assistant("b"), user("c")]
+from fastdpo.data.prompts import read_row, split_row
 
 
 @pytest.mark.parametrize(
@@ -136,6 +94,29 @@ def test_it_is_what_trl_extracts():
         assert found == tuple(expected[key] for key in ("prompt", "chosen", "rejected"))
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def calling(call, content=None):
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+def test_answers_may_differ_in_the_tools_they_call_alone():
+    other = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    row = {"prompt": [user("a")], "chosen": [calling(CALL)], "rejected": [calling(other)]}
+    assert read_row(row) == tuple(row.values())
+    spoken = {**row, "rejected": [assistant("b")]}
+    assert read_row(spoken)[1:] == ([calling(CALL)], [assistant("b")])
+    with pytest.raises(ValueError, match="chosen and rejected are the same"):
+        read_row({**row, "rejected": [calling(CALL)]})
+
+
+def test_the_keys_that_arrow_adds_to_messages_are_left_out():
+    padded = [{**message, "tool_calls": None, "name": None} for message in TURNS]
+    row = {"prompt": padded, "chosen": [assistant("d")], "rejected": [assistant("e")]}
+    assert read_row(row) == (TURNS, [assistant("d")], [assistant("e")])
+
+
 ASKED = [user("a")]
 BAD_ROWS = {
     "strings with nothing in common": ({"chosen": "yes", "rejected": "no"}, "'prompt' is missing"),
@@ -199,73 +180,51 @@ BAD_ROWS = {
         {"chosen": [*ASKED, assistant(" ")], "rejected": [*ASKED, assistant("b")]},
         "'chosen' is empty",
     ),
+    "a tool's answer": (
+        {
+            "prompt": ASKED,
+            "chosen": [{"role": "tool", "content": "3"}, assistant("b")],
+            "rejected": [assistant("c")],
+        },
+        "'chosen' should go on with an assistant's message",
+    ),
     "no rejected": ({"chosen": "a b"}, "missing the column 'rejected'"),
+    "no chosen": ({"prompt": "a", "chosen": None, "rejected": "b"}, "missing the column 'chosen'"),
+    "no row": ("a b", "expected an object with the columns prompt, chosen, rejected"),
+    "a number": (
+        {"prompt": 3, "chosen": "a", "rejected": "b"},
+        "'prompt' should be a string or a list of messages",
+    ),
+    "an empty prompt": ({"prompt": " ", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
+    "a prompt of no messages": (
+        {"prompt": [], "chosen": [assistant("b")], "rejected": [assistant("c")]},
+        "'prompt' is empty",
+    ),
+    "ShareGPT's names": (
+        {"chosen": [{"from": "human", "value": "a"}], "rejected": [{"from": "gpt", "value": "b"}]},
+        "'chosen' should hold messages with 'role' and 'content'",
+    ),
+    "parts of a content": (
+        {
+            "prompt": ASKED,
+            "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "b"}]}],
+            "rejected": [assistant("c")],
+        },
+        "'chosen' should hold messages with .* whose 'content' is list",
+    ),
+    "no content": (
+        {
+            "prompt": [{"role": "user"}],
+            "chosen": [assistant("b")],
+            "rejected": [assistant("c")],
+        },
+        "'prompt' should hold messages with .* whose 'content' is NoneType",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_row_that_cannot_be_is_refused_with_its_line_and_column(case, tmp_path):
+def test_a_row_that_cannot_be_is_refused_with_its_column(case):
     row, message = BAD_ROWS[case]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in [*IMPLICIT, row]))
-    with pytest.raises(InputError, match=f"line {len(IMPLICIT) + 1}: {message}"):
-        read_pairs(path)
-
-
-@pytest.mark.parametrize("rows", [HH, ULTRAFEEDBACK, IMPLICIT], ids=["hh", "ultrafeedback", "none"])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_the_demo_trains_on_it(rows, kind, tmp_path):
-    path, out = tmp_path / f"pairs.{kind}", tmp_path / "out"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pyarrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    pairs = read_pairs(path)
-    assert len(pairs) == len(rows)
-    arguments = ["--data", str(path), "--output", str(out), "--steps", "1", "--sft-steps", "1"]
-    assert cli.main(["demo", *arguments, "--batch-size", "2"]) == 0
-    assert (out / "summary.json").is_file()
-
-
-def test_a_conversation_without_a_prompt_column_is_the_same_tokens_as_with_one(tmp_path):
-    """Through the tokenizer's chat template: the answers alone carry loss."""
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in IMPLICIT))
-    (first, *_) = read_pairs(path)
-    tokenizer = models.make_tokenizer(["Say yes. not no"])
-    explicit = Pair([user("Say yes.")], [assistant("yes")], [assistant("not yes")])
-    found = collate.encode(first, tokenizer, 64)
-    assert found == collate.encode(explicit, tokenizer, 64)
-    assert tokenizer.decode(found.prompt_ids) == "<|user|>Say yes.<|end|><|assistant|>"
-    assert tokenizer.decode(found.chosen_ids) == "yes<|end|>"
-
-
-@pytest.mark.parametrize("content", [b"PAR1 not really", None], ids=["broken", "missing"])
-def test_a_parquet_file_that_cannot_be_read(content, tmp_path):
-    pytest.importorskip("pyarrow")
-    path = tmp_path / "pairs.parquet"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=r"pairs\.parquet cannot be read"):
-        read_pairs(path)
-
-
-def test_a_parquet_file_names_its_rows(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "pairs.parquet"
-    rows = [*HH, {"chosen": "a b", "rejected": None}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    with pytest.raises(InputError, match=f"row {len(rows)}: missing the column 'rejected'"):
-        read_pairs(path)
-    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), path)
-    with pytest.raises(InputError, match="row 1: missing the column 'chosen'"):
-        read_pairs(path)
-
-
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(InputError, match="needs pyarrow: pip install pyarrow"):
-        read_pairs(tmp_path / "pairs.parquet")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        read_row(row)

@@ -15,13 +15,75 @@ Pure Python on strings and dicts: nothing is read, and no tokenizer is asked.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Text = str | list[Message]
+
+COLUMNS = ("prompt", "chosen", "rejected")
+# What a message says. Two that agree in these are the same, whatever else stands beside them.
+_SAYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 
 # How Anthropic's HH set writes that an answer begins.
 _ASSISTANT = "\n\nAssistant:"
+
+
+def read_row(row: Any) -> tuple[Text, Text, Text]:
+    """Prompt, chosen and rejected answer of a row as it was read, whose types are checked first.
+
+    Args:
+        row: a mapping with chosen and rejected, and with prompt, which may be missing or None where
+            both begin with it. Messages are dicts with a string `role` and a string `content`; an
+            assistant's that calls tools may have no content. Keys of messages that are None are
+            left out, as Arrow adds them where other messages have such a key.
+
+    Raises:
+        ValueError: naming the column: missing, empty or of another type; or of `split_row`.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with the columns {', '.join(COLUMNS)}")
+    prompt, chosen, rejected = (
+        _checked(row.get(name), name, optional=name == "prompt") for name in COLUMNS
+    )
+    return split_row(prompt, chosen, rejected)
+
+
+def _checked(value: object, name: str, optional: bool) -> Any:
+    if value is None:
+        if not optional:
+            raise ValueError(f"missing the column {name!r}")
+        return None
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"{name!r} is empty")
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name!r} should be a string or a list of messages")
+    if not value:
+        raise ValueError(f"{name!r} is empty")
+    messages = [_checked_message(message, name) for message in value]
+    if not any(_speaks(message) for message in messages):
+        raise ValueError(f"{name!r} is empty")
+    return messages
+
+
+def _checked_message(message: object, name: str) -> Message:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping) or not isinstance(role, str):
+        raise ValueError(f"{name!r} should hold messages with 'role' and 'content'")
+    calls = role == "assistant" and bool(message.get("tool_calls"))
+    if not (isinstance(content, str) or (content is None and calls)):
+        raise ValueError(
+            f"{name!r} should hold messages with 'role' and 'content', a string; got one of role "
+            f"{role!r} whose 'content' is {type(content).__name__}"
+        )
+    return {k: v for k, v in message.items() if v is not None or k == "content"}
+
+
+def _speaks(message: Message) -> bool:
+    return bool((message.get("content") or "").strip() or message.get("tool_calls"))
 
 
 def split_row(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -29,7 +91,8 @@ def split_row(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, 
 
     Args:
         prompt: what both answers are to, or None where chosen and rejected begin with it. Messages
-            are dicts with `role` and `content`, and are compared by these.
+            are dicts with `role` and `content`, and are compared by what they say: these, calls of
+            tools, thoughts and names.
         chosen, rejected: the better and the worse answer, or text or conversation that ends in it.
 
     Raises:
@@ -145,7 +208,7 @@ def _rest(name: str, conversation: list[Message], count: int) -> list[Message]:
 
 
 def _check_roles(name: str, answer: Sequence[Message]) -> None:
-    if answer[0]["role"] in ("system", "user"):
+    if answer[0]["role"] != "assistant":
         raise ValueError(
             f"{name!r} should go on with an assistant's message behind the messages of the prompt, "
             f"got one of role {answer[0]['role']!r}"
@@ -154,9 +217,9 @@ def _check_roles(name: str, answer: Sequence[Message]) -> None:
         raise ValueError(
             f"{name!r} should end in an assistant's message, got one of role {answer[-1]['role']!r}"
         )
-    if not any(m["content"].strip() for m in answer if m["role"] == "assistant"):
+    if not any(_speaks(m) for m in answer if m["role"] == "assistant"):
         raise ValueError(f"{name!r} is empty")
 
 
-def _keys(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in messages]
+def _keys(messages: Sequence[Message]) -> list[Message]:
+    return [{k: m[k] for k in _SAYS if m.get(k) is not None} for m in messages]
