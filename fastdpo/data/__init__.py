@@ -8,6 +8,7 @@ truncate        a prompt and its answers to a length
 
 from .collator import PairCollator
 from .prepare import prepare
+from .sampler import TokenBudgetSampler
 from .truncation import truncate
 
-__all__ = ["PairCollator", "prepare", "truncate"]
+__all__ = ["PairCollator", "TokenBudgetSampler", "prepare", "truncate"]

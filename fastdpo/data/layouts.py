@@ -174,6 +174,8 @@ def tokens_in(
     if layout == "padded":
         return len(documents) * capacity_of(documents, one_row=False, multiple_of=multiple_of)
     length = capacity_of(documents, one_row=one_row, multiple_of=multiple_of)
+    if one_row:
+        return length
     return len(filled(documents, length)) * length
 
 

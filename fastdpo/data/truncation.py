@@ -19,9 +19,9 @@ def truncate(
     """Prompt and answers with at most `max_length` tokens in the prompt and any answer together.
 
     "keep_start" cuts the ends of the answers, and with them their end token. "keep_end" cuts the
-    start of the prompt, with a BOS if there is one, until the longest answer fits behind it; answers
-    are never cut. What is left has at least one token of the prompt, which the first token of an
-    answer is predicted from, and one of each answer.
+    start of the prompt, with a BOS if there is one, until the longest answer fits behind it;
+    answers are never cut. What is left has at least one token of the prompt, which the first token
+    of an answer is predicted from, and one of each answer.
 
     TRL's collator has the same two names. Its "keep_start" keeps the same tokens, and sequences
     without an answer where its trainer has not dropped them. Its "keep_end" cuts each
