@@ -2,7 +2,8 @@
 
 The model is built from its configuration with random weights; prompt and completion lengths follow
 a stated distribution (`benchmarks.step.data`). Every loop runs in a process of its own on the
-same batches: policy forward and backward, reference forward, AdamW. Shown: pairs per second (the
+same pairs: collation, policy forward and backward, reference forward (or its log-probabilities,
+computed once before: that time is shown beside it), AdamW. Shown: pairs per second (the
 first steps left out), the peak memory of the whole loop (on a CPU the process's resident set,
 interpreter and libraries included), and whether the loss curves coincide.
 """
@@ -27,14 +28,14 @@ from benchmarks.step import data, loops, models, shown
 WARMUP_STEPS = 2
 _DEFAULTS = {
     # model, pairs per batch, steps, scale of the lengths
-    "cpu": ("tiny", 4, 12, 0.25),
-    "cuda": ("qwen2.5-0.5b", 8, 16, 1.0),
+    "cpu": ("llama-36m", 4, 20, 0.5),
+    "cuda": ("qwen2.5-0.5b", 8, 20, 1.0),
 }
 
 
 def run_loop(name: str, request: dict[str, Any], timeout: float | None) -> dict[str, Any]:
     """One row: the loop's process, its steps and its peak."""
-    row: dict[str, Any] = {"provider": name, "summary": loops.SUMMARIES[name], "status": "ok"}
+    row: dict[str, Any] = {"provider": name, "summary": loops.LOOPS[name].summary, "status": "ok"}
     row |= {k: request[k] for k in ("model", "batch_size", "steps")}
     reason = loops.absent(name)
     if reason:
@@ -55,16 +56,36 @@ def run_loop(name: str, request: dict[str, Any], timeout: float | None) -> dict[
         last = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
         return {**row, "status": "failed", "reason": last[:200]}
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    seconds = quantiles(result["seconds"][WARMUP_STEPS:])
+    timed = result["seconds"][WARMUP_STEPS:]
+    per_second = len(timed) / sum(timed)  # steps
     return {
         **row,
-        "seconds": seconds,
-        "pairs_per_second": request["batch_size"]
-        * len(result["seconds"][WARMUP_STEPS:])
-        / sum(result["seconds"][WARMUP_STEPS:]),
+        "seconds": quantiles(timed),
+        "pairs_per_second": request["batch_size"] * per_second,
+        "tokens_per_second": _tokens(request) / len(timed) * per_second,
+        "reference_seconds": result["reference_seconds"],
         "peak_bytes": result["peak_bytes"],
         "losses": result["losses"],
     }
+
+
+def _tokens(request: dict[str, Any]) -> int:
+    """Of the sequences of the steps that are timed, without padding: prompts twice."""
+    lengths = data.Lengths(**request["lengths"])
+    count = request["steps"] * request["batch_size"]
+    examples = data.pairs(lengths, count, models.vocabulary(request["model"]))
+    keys = ("prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+    timed = examples[WARMUP_STEPS * request["batch_size"] :]
+    return sum(len(example[key]) for example in timed for key in keys)
+
+
+def compare_speed(rows: list[dict[str, Any]]) -> None:
+    """Each row's pairs per second, as a multiple of the faster of eager PyTorch and TRL."""
+    found = {r["provider"]: r["pairs_per_second"] for r in rows if r["status"] == "ok"}
+    baseline = max((found[name] for name in ("eager", "trl") if name in found), default=None)
+    for r in rows:
+        if baseline is not None and r["status"] == "ok":
+            r["times_baseline"] = r["pairs_per_second"] / baseline
 
 
 def compare_losses(rows: list[dict[str, Any]]) -> None:
@@ -86,9 +107,7 @@ def main() -> None:
     parser.add_argument("--length-scale", type=float, help="multiplies all lengths")
     parser.add_argument("--batch-size", type=int, help="pairs per step")
     parser.add_argument("--steps", type=int)
-    parser.add_argument(
-        "--loops", nargs="+", choices=loops.SUMMARIES, default=list(loops.SUMMARIES)
-    )
+    parser.add_argument("--loops", nargs="+", choices=loops.LOOPS, default=list(loops.LOOPS))
     parser.add_argument("--time-limit", type=float, help="seconds in all")
     parser.add_argument("--no-plots", action="store_true", help="write OUT.json alone")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
@@ -113,6 +132,7 @@ def main() -> None:
             timeout = None if args.time_limit is None else max(1.0, deadline.remaining)
             rows.append(run_loop(name, {**request, "loop": name}, timeout))
     compare_losses(rows)
+    compare_speed(rows)
     drawn = data.statistics(data.pairs(lengths, request["steps"] * request["batch_size"], 1000))
     how = {
         "shape": args.shape,

@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from fastdpo.demo import collate as layout
 
 _FIRST_TOKEN = 2  # 0 pads, 1 ends an answer
 PAD, EOS = 0, 1
@@ -86,13 +83,6 @@ def pairs(lengths: Lengths, count: int, vocab: int, seed: int = 0) -> list[dict[
             }
         )
     return examples
-
-
-def collate(examples: list[dict[str, list[int]]], device: torch.device) -> dict[str, Tensor]:
-    """TRL's layout: input_ids, attention_mask and completion_mask [2B, T], chosen first, padded on
-    the right.
-    """
-    return layout.collate([layout.Example(**e) for e in examples], PAD, device)
 
 
 def statistics(examples: list[dict[str, list[int]]]) -> dict[str, float]:

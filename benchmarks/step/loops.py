@@ -4,6 +4,7 @@ and the same initial weights; on a GPU under bf16 autocast with fp32 weights, on
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import tempfile
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 from benchmarks.inputs import BETA
 from benchmarks.measure import synchronize
 from benchmarks.step import data, models
+from fastdpo.data import PairCollator
 
 LEARNING_RATE = 5e-5
 
@@ -28,6 +30,7 @@ class Run:
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    reference_seconds: float | None = None  # of all steps, where it was computed before them
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Job:
     """One training run."""
 
     model: str
-    examples: list[dict[str, list[int]]]
+    examples: list[dict[str, Any]]
     batch_size: int  # pairs
     device: torch.device
 
@@ -43,34 +46,70 @@ class Job:
     def steps(self) -> int:
         return len(self.examples) // self.batch_size
 
-    def batch(self, step: int) -> list[dict[str, list[int]]]:
+    def batch(self, step: int) -> list[dict[str, Any]]:
         return self.examples[step * self.batch_size : (step + 1) * self.batch_size]
 
 
-def fastdpo_loop(job: Job) -> Run:
-    """A plain loop over `fastdpo.integrations.hf.dpo_loss`."""
+def ours(layout: str, reference_once: bool) -> Callable[[Job], Run]:
+    """A plain loop over `fastdpo.integrations.hf.dpo_loss`. The reference's log-probabilities are
+    computed in every step, or once before the first, in the same batches.
+    """
+
+    def loop(job: Job) -> Run:
+        from fastdpo.integrations import hf
+
+        attention = models.attention(layout, job.device)
+        collator = PairCollator(data.PAD, layout, attention=attention)
+        policy, reference = _models(job, attention)
+        run, ref_model = Run(), reference
+        if reference_once:
+            run.reference_seconds = _ask_reference(job, reference, collator)
+            ref_model = reference = None
+
+        def loss_of(batch: dict[str, Any]) -> Tensor:
+            return hf.dpo_loss(policy, batch, ref_model, beta=BETA).loss
+
+        return _plain_loop(job, policy, collator, run, loss_of)
+
+    return loop
+
+
+def _ask_reference(job: Job, reference: Any, collator: PairCollator) -> float:
+    """Writes the reference's log-probabilities into the examples; the seconds that it took."""
     from fastdpo.integrations import hf
 
-    return _plain_loop(
-        job, lambda model, ref, batch: hf.dpo_loss(model, batch, ref, beta=BETA).loss
-    )
+    start = time.perf_counter()
+    for step in range(job.steps):
+        with torch.no_grad(), _autocast(job.device):
+            logps = hf.sequence_logps(reference, **_on(job.device, collator(job.batch(step))))
+        chosen, rejected = (half.tolist() for half in logps.chunk(2))
+        for example, a, b in zip(job.batch(step), chosen, rejected, strict=True):
+            example |= {"ref_chosen_logps": a, "ref_rejected_logps": b}
+    return time.perf_counter() - start
 
 
 def eager_loop(job: Job) -> Run:
     """The same loop with the original repository's loss: logits of every position, log_softmax."""
-    return _plain_loop(job, _eager_loss)
-
-
-def _plain_loop(job: Job, loss_of: Callable[[Any, Any, dict[str, Tensor]], Tensor]) -> Run:
     policy, reference = _models(job)
+    collator = PairCollator(data.PAD)
+    loss_of = functools.partial(_eager_loss, policy, reference)
+    return _plain_loop(job, policy, collator, Run(), loss_of)
+
+
+def _plain_loop(
+    job: Job,
+    policy: torch.nn.Module,
+    collator: PairCollator,
+    run: Run,
+    loss_of: Callable[[dict[str, Any]], Tensor],
+) -> Run:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    run, on_gpu = Run(), job.device.type == "cuda"
     for step in range(job.steps):
-        batch = data.collate(job.batch(step), job.device)
         synchronize(job.device)
         start = time.perf_counter()
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=on_gpu):
-            loss = loss_of(policy, reference, batch)
+        batch = _on(job.device, collator(job.batch(step)))
+        with _autocast(job.device):
+            loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -80,10 +119,17 @@ def _plain_loop(job: Job, loss_of: Callable[[Any, Any, dict[str, Tensor]], Tenso
     return run
 
 
-def _models(job: Job) -> tuple[torch.nn.Module, torch.nn.Module]:
-    policy = models.build(job.model, job.device)
-    reference = models.build(job.model, job.device).requires_grad_(False).eval()
-    return policy, reference
+def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _models(job: Job, attention: str = "sdpa") -> tuple[torch.nn.Module, torch.nn.Module]:
+    policy, reference = (models.build(job.model, job.device, attention=attention) for _ in range(2))
+    return policy, reference.requires_grad_(False).eval()
 
 
 def _eager_loss(policy: Any, reference: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -194,18 +240,25 @@ def _tokenizer(vocab: int) -> Any:
     )
 
 
-LOOPS: dict[str, Callable[[Job], Run]] = {
-    "fastdpo": fastdpo_loop,
-    "eager": eager_loop,
-    "trl": trl_loop,
-    "trl-fastdpo": trl_fastdpo_loop,
+@dataclass(frozen=True)
+class Loop:
+    run: Callable[[Job], Run]
+    summary: str
+
+
+# In the order of the waterfall: each of ours adds one thing to the one before it.
+LOOPS: dict[str, Loop] = {
+    "eager": Loop(eager_loop, "logits and log_softmax of every position, padded"),
+    "trl": Loop(trl_loop, "TRL's DPOTrainer as it ships (chunked log-probabilities)"),
+    "trl-fastdpo": Loop(
+        trl_fastdpo_loop, "the same trainer with fastdpo.integrations.trl.use_fastdpo"
+    ),
+    "fastdpo": Loop(ours("padded", False), "hf.dpo_loss of padded pairs: the loss alone"),
+    "reference-once": Loop(ours("padded", True), "and the reference computed once"),
+    "packed": Loop(ours("packed", True), "and rows without padding"),
+    "shared-prompts": Loop(ours("shared_prompts", True), "and each prompt once for both answers"),
 }
-SUMMARIES = {
-    "fastdpo": "a plain loop over fastdpo.integrations.hf.dpo_loss",
-    "eager": "the same loop over logits and log_softmax of every position",
-    "trl": "TRL's DPOTrainer as it ships (chunked log-probabilities)",
-    "trl-fastdpo": "the same trainer with fastdpo.integrations.trl.use_fastdpo",
-}
+WATERFALL = ("fastdpo", "reference-once", "packed", "shared-prompts")
 
 
 def absent(name: str) -> str | None:

@@ -24,13 +24,18 @@ def run(request: dict) -> dict:
     job = Job(request["model"], examples, request["batch_size"], device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    done = LOOPS[request["loop"]](job)
+    done = LOOPS[request["loop"]].run(job)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         status = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(s.split()[1]) * 1024 for s in status if s.startswith("VmHWM:"))
-    return {"losses": done.losses, "seconds": done.seconds, "peak_bytes": peak}
+    return {
+        "losses": done.losses,
+        "seconds": done.seconds,
+        "reference_seconds": done.reference_seconds,
+        "peak_bytes": peak,
+    }
 
 
 def main() -> None:

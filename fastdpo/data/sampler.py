@@ -21,8 +21,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
     A batch's tokens are counted as the collator will lay them out, padding included. Examples are
     shuffled; within buckets of about 32 batches they are sorted by length, so that little is
     padded, and the batches are shuffled again. Every example is in exactly one batch of an epoch
-    (but see `drop_last`). The order follows from the seed and the epoch alone, and is the same on every
-    process: of each `num_replicas` batches, which are of like lengths, every process takes one.
+    (but see `drop_last`). The order follows from the seed and the epoch alone, and is the same on
+    every process: of each `num_replicas` batches, which are of like lengths, each takes one.
 
     Batches differ in their number of pairs, and a loss is the mean over its batch. `num_pairs` of
     `dpo_loss` makes it one over several of them.

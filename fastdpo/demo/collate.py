@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import prepare
+from ..data import PairCollator, prepare
 from ..data.prepare import RowError
 from .model import PLAIN_TEMPLATE
 from .options import InputError
@@ -67,25 +67,7 @@ def encode_all(pairs: Sequence[Pair], tokenizer: Any, max_length: int) -> list[E
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device) -> Batch:
     """Chosen sequences first, then rejected ones, padded on the right."""
-    answers = [e.chosen_ids for e in examples] + [e.rejected_ids for e in examples]
-    prompts = [e.prompt_ids for e in examples] * 2
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    input_ids = torch.full((len(answers), length), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    completion_mask = torch.zeros_like(input_ids)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        end = len(prompt) + len(answer)
-        input_ids[row, :end] = torch.tensor(prompt + answer)
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    batch = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "completion_mask": completion_mask,
-    }
-    if all(e.ref_chosen_logps is not None for e in examples):
-        batch["ref_chosen_logps"] = torch.tensor([e.ref_chosen_logps for e in examples])
-        batch["ref_rejected_logps"] = torch.tensor([e.ref_rejected_logps for e in examples])
+    batch = PairCollator(pad_token_id)([vars(example) for example in examples])
     return {key: value.to(device) for key, value in batch.items()}
 
 

@@ -129,9 +129,9 @@ def sequence_logps(
             result is the whole sequences'. Nothing about the order of tokens or about padding is
             asked of the model.
         **model_kwargs: go to the model's forward (pixel_values, position_ids, ...). Or, instead of
-            labels and attention_mask, what a packed batch of `fastdpo.data` has:
-            `sequence_logps(model, **batch)`. The result is then about its S sequences, with
-            per_token about its row_labels [N].
+            labels, what a batch of `fastdpo.data.PairCollator` has: `sequence_logps(model,
+            **batch)`. Of packed rows the result is about the S sequences, with per_token about
+            row_labels [N].
 
     Returns:
         [S] in fp32 (fp64 for fp64 models), differentiable; see per_token and stats.
@@ -143,6 +143,7 @@ def sequence_logps(
     """
     given = {"labels": labels, "shift_labels": shift_labels, "attention_mask": attention_mask}
     tokens, model_kwargs = take_tokens({"input_ids": input_ids, **given, **model_kwargs})
+    row_index = model_kwargs.pop("row_index", None)
     if stats and not per_token:
         raise ValueError(f"stats should come with per_token=True, got {list(stats)} without it")
     if per_token and average_log_prob:
@@ -154,7 +155,7 @@ def sequence_logps(
     check_sequences(shared, tokens, model_kwargs)
     if shared is None:
         examine(model, input_ids.device, labels=labels, **model_kwargs)
-    found = rows_with_loss(model, tokens)
+    found = rows_with_loss(model, tokens, row_index)
     logps, _ = token_logps(model, tokens, found, options, in_order=shared is None, **model_kwargs)
     if per_token:
         return _at_tokens(tokens, logps) if options.stats else tokens.at_tokens(logps.logps)

@@ -52,16 +52,6 @@ def test_answers_differ_in_what_they_favour():
         assert (tokens % 2 == parity).double().mean() > 0.7
 
 
-def test_batches_are_laid_out_as_trls_collator_does():
-    collators = pytest.importorskip("trl.trainer.dpo_trainer")
-    examples = data.pairs(LENGTHS, 3, vocab=300)
-    theirs = collators.DataCollatorForPreference(pad_token_id=data.PAD)(examples)
-    ours = data.collate(examples, CPU)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-
-
 def test_text_turns_back_into_the_same_tokens():
     pytest.importorskip("tokenizers")
     tokenizer = loops._tokenizer(300)
@@ -73,9 +63,8 @@ def test_text_turns_back_into_the_same_tokens():
 
 
 def test_loss_curves_coincide():
-    names = ["fastdpo", "eager"]
-    if loops.absent("trl") is None:
-        names += ["trl", "trl-fastdpo"]
+    names = ["fastdpo", "eager", *(n for n in loops.LOOPS if n not in ("fastdpo", "eager"))]
+    names = [name for name in names if loops.absent(name) is None]
     rows = []
     for name in names:
         result = worker.run({**REQUEST, "loop": name})
@@ -86,6 +75,8 @@ def test_loss_curves_coincide():
     assert rows[0]["losses"][0] == pytest.approx(0.6931472, abs=1e-6)
     assert rows[1]["losses"][-1] != rows[1]["losses"][0]  # it trains
     assert all(r["largest_loss_difference"] < 1e-4 for r in rows)
+    once = {r["provider"] for r in rows if r["reference_seconds"] is not None}
+    assert once == {"reference-once", "packed", "shared-prompts"}
 
 
 def test_rows_documents_and_plot(tmp_path, monkeypatch):
@@ -100,12 +91,20 @@ def test_rows_documents_and_plot(tmp_path, monkeypatch):
     failing = step.run_loop("fastdpo", {**request, "model": "nothing"}, None)
     assert failing["status"] == "failed"
     assert "nothing" in failing["reason"]
+    shared = {**request, "loop": "shared-prompts"}
+    rows = [row, step.run_loop("shared-prompts", shared, timeout=120)]
+    baseline = {**row, "provider": "eager", "pairs_per_second": row["pairs_per_second"] / 2}
+    step.compare_speed([*rows, baseline, gone])
+    assert row["times_baseline"] == pytest.approx(2)
+    assert baseline["times_baseline"] == 1
     how = {
         "shape": "ultrafeedback-like",
         "precision": "fp32",
         "lengths": {"mean_prompt": 1.0, "mean_completion": 2.0},
     }
-    doc = documents.document("step", "Step", environment(CPU), how, [row, gone, failing])
+    doc = documents.document(
+        "step", "Step", environment(CPU), how, [baseline, *rows, gone, failing]
+    )
     section = report.render({"cpu-step": doc})
     assert f"{row['pairs_per_second']:.2f}" in section
     assert "`trl` (not installed: trl)" in section

@@ -107,7 +107,8 @@ def test_it_goes_on_where_it_was():
     again.load_state_dict(state)
     assert head + list(again) == whole
     assert list(again) == whole  # the next time from the beginning
-    with pytest.raises(ValueError, match=r"state should be of this sampler, which has \{'seed': 1\}"):
+    other = r"state should be of this sampler, which has \{'seed': 1\}"
+    with pytest.raises(ValueError, match=other):
         sampler(seed=1).load_state_dict(state)
 
 
