@@ -85,6 +85,7 @@ def answered_inside(
     *,
     answer: Answer,
     forward: Callable[..., Any],
+    in_order: bool = True,
     **model_kwargs: Any,  # input_ids or inputs_embeds among them
 ) -> Answers:
     """`answered`, for a forward that takes the place of the language model's own: calls `forward`,
@@ -93,7 +94,7 @@ def answered_inside(
     Calling the model there would enter its wrappers a second time, accelerate's autocast among
     them, which does not survive that. Whoever replaces the forward returns the answers from it.
     """
-    prepared = _prepared(lm, like, forward, True, model_kwargs)
+    prepared = _prepared(lm, like, forward, in_order, model_kwargs)
     tap = _tap(prepared, answer, like.shape)
     call = functools.partial(forward, **prepared.model_kwargs)
     with Tapped(tap):

@@ -9,7 +9,7 @@ the layout has them and once as padded sequences, have the same hidden states.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,7 @@ from .order import eagerly, ordinary_tokens
 from .packing import PackedTokens, attention_of, kinds_of
 from .positions import positions
 from .reference import without_dropout
-from .unwrap import UnsupportedModel
+from .unwrap import UnsupportedModel, causal_lm
 
 # The largest difference, as a part of a hidden state's norm: fp32, and 16 bits or TF32. There the
 # median over an answer is taken: a mixture of experts chooses others where two are nearly equal.
@@ -38,11 +38,17 @@ _RECURRENT = re.compile(
 _known: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
 
 
-def check_layout(model: nn.Module, lm: Any, tokens: PackedTokens, position_offset: int) -> None:
+def check_layout(
+    model: nn.Module,
+    tokens: PackedTokens,
+    position_offset: int,
+    forward: Callable[..., Any] | None = None,  # in place of the model's own
+) -> None:
     """
     Raises:
         UnsupportedModel: its hidden states would not be those of the sequences by themselves.
     """
+    lm: Any = causal_lm(model)
     name = type(lm).__name__
     use = f"use layout='padded' instead of {tokens.layout!r}"
     if is_prompted(model):
@@ -65,7 +71,7 @@ def check_layout(model: nn.Module, lm: Any, tokens: PackedTokens, position_offse
     if reason is not None:
         raise UnsupportedModel(f"model: {name} {reason}: {use}")
     trial, padded, mask = _trial(lm, tokens)
-    listen = listener(model)
+    listen = listener(model, forward)
     with torch.no_grad(), without_dropout(lm), eagerly(tokens.input_ids.device):
         expected = listen(
             input_ids=padded,

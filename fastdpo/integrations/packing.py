@@ -26,6 +26,7 @@ _NEEDED = ("position_ids", "document_ids", "row_index", "row_labels", "row_lengt
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _OWN = ("document_ids", "branch_ids", "row_labels", "row_lengths")  # no other batch has them
 _OTHERS = ("labels", "completion_mask", "shift_labels", "attention_mask", "token_type_ids")
+PACKED_IDS = "packed_input_ids"
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -77,6 +78,17 @@ class PackedTokens:
         tokens._check()
         return tokens
 
+    @classmethod
+    def beside(cls, rest: dict[str, Any]) -> PackedTokens | None:
+        """Taken out of a trainer's batch, whose `input_ids` are the answers by themselves, padded:
+        the rows are then under `packed_input_ids`. None where there are none."""
+        input_ids = rest.pop(PACKED_IDS, None)
+        if input_ids is None:
+            return None
+        keys = (*_NEEDED, "branch_ids", *_VARLEN)
+        own = {key: rest.pop(key) for key in keys if rest.get(key) is not None}
+        return cls.take({"input_ids": input_ids, **own})
+
     def _check(self) -> None:
         shape = self.input_ids.shape
         if len(shape) != 2:
@@ -120,11 +132,14 @@ class PackedTokens:
     def at_tokens(self, values: Tensor) -> Tensor:  # [N] -> [N]
         return values
 
-    def inputs_for(self, lm: nn.Module, position_offset: int) -> dict[str, Any]:
+    def inputs_for(self, lm: Any, position_offset: int) -> dict[str, Any]:
         """Keyword arguments of the model's forward, beside input_ids; `check_attention` comes
         before."""
         mask = _attention_mask(lm, self)
         inputs = {"position_ids": self.position_ids + position_offset, **self.varlen}
+        if getattr(lm.config.get_text_config(), "output_router_logits", False):
+            # For the experts' balancing loss, which nobody can ask for here, and whose mask is 2-D.
+            inputs["output_router_logits"] = False
         return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 

@@ -8,6 +8,7 @@ They are computed where the model calls its head, and leave through its output
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -135,19 +136,37 @@ def _packed_logps(
     options: TokenOptions,
     **model_kwargs: Any,
 ) -> tuple[LinearLogps, Tensor | None]:
-    lm, device = causal_lm(model), tokens.input_ids.device
-    check_attention(lm, tokens)
-    order = examine(model, device)
-    offset = 0 if order is None else order.position_offset or 0
-    if order is not None:  # it can be asked
-        check_layout(model, lm, tokens, offset)
     answers = answered(
         model,
         tokens.input_ids,
-        answer=token_answer(tokens.row_labels, found, options, row_index=tokens.row_index),
-        **{**model_kwargs, **tokens.inputs_for(lm, offset), "in_order": False},
+        answer=packed_answer(tokens, found, options),
+        **{**model_kwargs, **packed_inputs(model, tokens), "in_order": False},
     )
     return logps_of(answers), answers.get(AUX_LOSS)
+
+
+def packed_inputs(
+    model: nn.Module,
+    tokens: PackedTokens,
+    forward: Callable[..., Any] | None = None,  # in place of the model's own
+) -> dict[str, Any]:
+    """Keyword arguments of a forward on packed rows, beside input_ids.
+
+    Raises:
+        UnsupportedModel: the model, or its attention, cannot do their layout.
+    """
+    lm = causal_lm(model)
+    check_attention(lm, tokens)
+    order = examine(model, tokens.input_ids.device, forward=forward)
+    offset = 0 if order is None else order.position_offset or 0
+    if order is not None:  # it can be asked
+        check_layout(model, tokens, offset, forward)
+    return tokens.inputs_for(lm, offset)
+
+
+def packed_answer(tokens: PackedTokens, found: Rows, options: TokenOptions) -> Answer:
+    """`token_answer` of [N]."""
+    return token_answer(tokens.row_labels, found, options, row_index=tokens.row_index)
 
 
 def _stand_in(tokens: Tokens) -> Tokens:

@@ -8,6 +8,7 @@ KTO, SFT, GRPO, RLOO and AsyncGRPO trainers compute every loss from them.
     patch()             for the rest of the process
     use_fastdpo         for a trainer that is built already
     add_fused_lm_head   what they put in TRL's place, for a model of one's own
+    FastDPOTrainer      DPOTrainer on packed rows or with shared prompts, and its FastDPOConfig
 
 All other calls of the models go where they went before.
 """
@@ -32,14 +33,40 @@ from ..core.autograd import is_traced
 from ..core.rows import Rows
 from .batches import IGNORE_INDEX, shifted_labels
 from .forward import AUX_LOSS, answered_inside, examine
+from .packing import PackedTokens
 from .reference import without_dropout
-from .tokens import TokenOptions, find_rows, logps_of, token_answer
+from .tap import Answers
+from .tokens import (
+    TokenOptions,
+    find_rows,
+    logps_of,
+    packed_answer,
+    packed_inputs,
+    rows_with_loss,
+    token_answer,
+)
 from .unwrap import UnsupportedModel, causal_lm
 
-__all__ = ["add_fused_lm_head", "patch", "patched", "use_fastdpo"]
+__all__ = [
+    "FastDPOConfig",  # noqa: F822 (by __getattr__)
+    "FastDPOTrainer",  # noqa: F822
+    "add_fused_lm_head",
+    "patch",
+    "patched",
+    "use_fastdpo",
+]
 
 _NAME = "add_fused_lm_head"
 _OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def __getattr__(name: str) -> Any:
+    """The trainer is a class of TRL's, which is imported with it."""
+    if name in ("FastDPOConfig", "FastDPOTrainer"):
+        from . import trl_trainer
+
+        return getattr(trl_trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def patch(*, workspace_bytes: int | None = None, backend: str | None = None) -> None:
@@ -303,6 +330,7 @@ def _answer(lm: nn.Module, options: TokenOptions) -> None:
         assert shifted is not None
         found = _LAST_ROWS.find(self, shift_labels if labels is None else labels, shifted)
         config = self.config.get_text_config()
+        packed = PackedTokens.beside(kwargs)
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         kwargs["use_cache"] = False
@@ -312,9 +340,16 @@ def _answer(lm: nn.Module, options: TokenOptions) -> None:
         # to 0, not that of attention.
         with nullcontext() if torch.is_grad_enabled() else without_dropout(self):
             asked = {k: v for k, v in kwargs.items() if k not in ("input_ids", "attention_mask")}
-            examine(self, shifted.device, labels=labels, forward=own, **asked)
-            answers = answered_inside(self, shifted, answer=answer, forward=own, **kwargs)
+            if packed is not None:
+                answers = _packed(self, packed, options, own, kwargs)
+            else:
+                examine(self, shifted.device, labels=labels, forward=own, **asked)
+                answers = answered_inside(self, shifted, answer=answer, forward=own, **kwargs)
         tokens = logps_of(answers)._asdict()
+        if packed is not None:  # to where the labels are
+            there = found.to(tokens["logps"].device)
+            back = {k: v for k, v in tokens.items() if v is not None}
+            tokens |= {k: there.at_labels(v)[:, :columns] for k, v in back.items()}
         logps, aux_loss = tokens.pop("logps"), answers.get(AUX_LOSS)
         mask = shifted[:, :columns].to(logps.device) != IGNORE_INDEX
         loss = -logps.sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
@@ -327,6 +362,23 @@ def _answer(lm: nn.Module, options: TokenOptions) -> None:
     # Trainers and generation look at the forward's signature.
     forward.__signature__ = signature  # type: ignore[attr-defined]
     lm.forward = types.MethodType(forward, lm)
+
+
+def _packed(
+    lm: nn.Module,
+    packed: PackedTokens,
+    options: TokenOptions,
+    own: Callable[..., Any],
+    kwargs: dict[str, Any],
+) -> Answers:
+    """Of rows that hold several sequences, in place of the padded ones [N each]."""
+    found = rows_with_loss(lm, packed)
+    answer = packed_answer(packed, found, options)
+    given = {**kwargs, "input_ids": packed.input_ids, "attention_mask": None}
+    given |= packed_inputs(lm, packed, own)
+    return answered_inside(
+        lm, packed.input_ids, answer=answer, forward=own, in_order=False, **given
+    )
 
 
 def _unbound_forward(lm: nn.Module) -> Callable[..., Any]:

@@ -1,0 +1,273 @@
+"""TRL's DPOTrainer, on rows without padding or with shared prompts, with a budget of tokens, and
+with a reference that is computed once.
+
+Losses, metrics and options stay TRL's own. What they are computed from, the log-probabilities of
+the answers' tokens [2B, A], comes out of the model's forward as it does in TRL; only that the
+forward runs on packed rows (`fastdpo.data.PairCollator`), which travel in the batch beside the
+answers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from trl import DPOConfig, DPOTrainer
+
+from ..core import checks
+from ..data import PairCollator, TokenBudgetSampler
+from ..data.layouts import LAYOUTS
+from ..data.truncation import truncate
+from .packing import PACKED_IDS, attention_of
+from .trl import patched
+from .unwrap import causal_lm
+
+__all__ = ["FastDPOConfig", "FastDPOTrainer"]
+
+
+@dataclass
+class FastDPOConfig(DPOConfig):
+    """`trl.DPOConfig`, and how the tokens of pairs are laid out. Options that do not go with the
+    layout are refused by `FastDPOTrainer`, by name.
+    """
+
+    layout: str = field(
+        default="shared_prompts",
+        metadata={
+            "help": "How pairs lie in the rows that the model runs on: 'padded', TRL's own; "
+            "'packed', without padding; 'shared_prompts', each prompt once for both answers.",
+            "choices": list(LAYOUTS),
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill each process's training batches with pairs of like lengths to this many "
+            "tokens, padding included, in place of per_device_train_batch_size pairs. Each pair "
+            "weighs the same in an optimizer's step, over processes and accumulated batches."
+        },
+    )
+
+
+class FastDPOTrainer(DPOTrainer):
+    """`trl.DPOTrainer` whose log-probabilities are fastdpo's, on packed rows or shared prompts.
+
+        trainer = FastDPOTrainer(model, ref_model, args=FastDPOConfig(...), train_dataset=dataset)
+
+    Arguments, losses, metrics and options are TRL's, with `FastDPOConfig`'s beside them. References
+    that TRL precomputes (`precompute_ref_log_probs`) are computed in the same layout; a data set
+    that has the columns `ref_chosen_logps` and `ref_rejected_logps` already keeps them.
+
+    Source: DPOTrainer of TRL 1.15 and later.
+
+    Raises:
+        ValueError: naming the option that does not go with the layout (padding_free, images,
+            compute_metrics, experts' balancing loss, context parallelism), or the data set.
+        UnsupportedModel: a ValueError, from the first step: the model, or its attention
+            implementation, cannot do the layout.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        config = given.get("args")
+        if config is None:  # as TRL names it
+            config = given["args"] = FastDPOConfig("tmp_trainer")
+        if not isinstance(config, FastDPOConfig):
+            checks.fail("args", "a FastDPOConfig", type(config).__name__)
+        _check(config, given)
+        self.layout, self._budget = config.layout, config.max_tokens_per_batch
+        self._pairs_in_step: Tensor | None = None
+        with patched():
+            super().__init__(**given)
+        self._lay_out()
+        if self.layout != "padded":
+            _check_built(self)
+            self._check_lengths()
+
+    def _lay_out(self) -> None:
+        """The layout's collator in the place of TRL's, once."""
+        theirs: Any = self.data_collator
+        model: Any = self.model
+        if self.layout == "padded" or isinstance(theirs, _TrainerCollator):
+            return
+        names = ("pad_token_id", "max_length", "truncation_mode", "pad_to_multiple_of")
+        options = {name: getattr(theirs, name) for name in names}
+        self.data_collator = _TrainerCollator(
+            layout=self.layout,
+            attention=attention_of(causal_lm(model)),
+            **{k: v for k, v in options.items() if v is not None},
+        )
+
+    def _check_lengths(self) -> None:
+        """Before training, not in the middle of it."""
+        collator: Any = self.data_collator
+        sets: dict[str, Any] = {"train_dataset": self.train_dataset}
+        if isinstance(self.eval_dataset, dict):
+            sets |= {f"eval_dataset[{k!r}]": v for k, v in self.eval_dataset.items()}
+        else:
+            sets["eval_dataset"] = self.eval_dataset
+        for name, dataset in sets.items():
+            if dataset is None or isinstance(dataset, IterableDataset):
+                continue
+            columns = [dataset[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
+            rows = zip(*columns, strict=True)
+            for i, (prompt, *answers) in enumerate(rows):
+                try:
+                    truncate(prompt, answers, collator.max_length, collator.truncation_mode)
+                except ValueError as error:
+                    raise ValueError(f"{name}[{i}]: {error}") from None
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._lay_out()
+        if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names):
+            return dataset
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    # ---- A budget of tokens
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self._budget is None:
+            return super().get_train_dataloader()
+        args, dataset = self.args, self.train_dataset
+        collator: Any = self.data_collator
+        counted: PairCollator = collator
+        if self.layout == "padded":
+            counted = PairCollator(
+                collator.pad_token_id,
+                max_length=collator.max_length,
+                truncation_mode=collator.truncation_mode,
+                pad_to_multiple_of=collator.pad_to_multiple_of or 1,
+            )
+        self._set_signature_columns_if_needed()
+        sampler = TokenBudgetSampler(
+            dataset,  # type: ignore[arg-type]
+            counted,
+            self._budget,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            num_replicas=args.world_size,
+            rank=args.process_index,
+            drop_last=args.dataloader_drop_last,
+        )
+        # As it is: accelerate would deal the batches to the processes once more.
+        return _Loader(
+            self._remove_unused_columns(dataset, description="training"),
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Also counts the pairs of an optimizer's step, of all its batches and processes."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._budget is not None:
+            count = sum(batch["completion_mask"].shape[0] // 2 for batch in batches)
+            here = torch.tensor(count, device=self.accelerator.device)
+            self._pairs_in_step = self.accelerator.reduce(here, "sum")
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if return_outputs and self.layout != "padded":
+            checks.fail(
+                "prediction_loss_only",
+                f"True with layout={self.layout!r}, which has no logits",
+                "False",
+            )
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._pairs_in_step is None or not model.training:
+            return found
+        # The mean over this batch becomes its share of the mean over the step: what the trainer
+        # divides by, accumulated batches and processes, is multiplied in.
+        pairs = inputs["completion_mask"].shape[0] // 2
+        steps = self.current_gradient_accumulation_steps * self.args.world_size
+        share = pairs * steps / self._pairs_in_step
+        return (found[0] * share, *found[1:]) if return_outputs else found * share
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        if PACKED_IDS in inputs:
+            inputs = {**inputs, "input_ids": inputs[PACKED_IDS]}
+        return super().floating_point_ops(inputs)
+
+
+class _Loader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class _TrainerCollator(PairCollator):
+    """What `trl.DPOTrainer` reads, the answers by themselves, and the rows beside them."""
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        lengths = batch["row_lengths"].tolist()
+        shape = (len(lengths), 1 + max(lengths))
+        # A column before the answers, as of a prompt's last token.
+        input_ids = torch.full(shape, self.pad_token_id)
+        completion_mask = torch.zeros_like(input_ids)
+        for s, answer in enumerate(batch["row_labels"].split(lengths)):
+            input_ids[s, 1 : 1 + len(answer)] = answer
+            completion_mask[s, 1 : 1 + len(answer)] = 1
+        return {
+            "input_ids": input_ids,
+            "completion_mask": completion_mask,
+            # For TRL's count of tokens: those that the model runs on.
+            "attention_mask": (batch["document_ids"] >= 0).long(),
+            PACKED_IDS: batch.pop("input_ids"),
+            **batch,
+        }
+
+
+def _check(config: FastDPOConfig, given: Mapping[str, Any]) -> None:
+    if config.layout not in LAYOUTS:
+        checks.fail("layout", f"one of {list(LAYOUTS)}", repr(config.layout))
+    budget = config.max_tokens_per_batch
+    if budget is not None:
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
+            checks.fail("max_tokens_per_batch", "a positive integer or None", repr(budget))
+        if isinstance(given.get("train_dataset"), IterableDataset):
+            should = "None for a data set that is read in its own order"
+            checks.fail("max_tokens_per_batch", should, budget)
+        if config.train_sampling_strategy != "random":
+            should = "'random' with max_tokens_per_batch, which orders the pairs itself"
+            checks.fail("train_sampling_strategy", should, repr(config.train_sampling_strategy))
+    if config.layout == "padded":
+        return
+    with_layout = f"with layout={config.layout!r}"
+    if config.padding_free:
+        checks.fail("padding_free", f"False {with_layout}, which has no padding already", True)
+    if given.get("data_collator") is not None:
+        checks.fail("data_collator", f"None {with_layout}", type(given["data_collator"]).__name__)
+    if given.get("compute_metrics") is not None:
+        checks.fail("compute_metrics", f"None {with_layout}, which has no logits", "a function")
+    if not config.remove_unused_columns:
+        checks.fail("remove_unused_columns", f"True {with_layout}", False)
+
+
+def _check_built(trainer: Any) -> None:
+    with_layout = f"with layout={trainer.layout!r}"
+    if trainer._is_vision_dataset:
+        checks.fail("train_dataset", f"text alone {with_layout}", "images")
+    if trainer.aux_loss_enabled:
+        should = f"0.0 {with_layout}: transformers counts the experts' tokens by another mask"
+        checks.fail("router_aux_loss_coef", should, trainer.router_aux_loss_coef)
+    parallel = trainer.accelerator.parallelism_config
+    for name in ("cp_size", "sp_size"):
+        size = getattr(parallel, name, 1)
+        if size > 1:
+            should = f"1 {with_layout}: its rows hold several sequences and cannot be cut"
+            checks.fail(f"parallelism_config.{name}", should, size)
