@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from .collator import Example, PairCollator
+from .collator import Collator, Example
 
 # Lengths are alike within such a part of the data, which is shuffled before and behind: more of
 # them pad less and shuffle less.
@@ -48,7 +48,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def __init__(  # many parameters: each is one of a DistributedSampler's
         self,
         examples: Sequence[Example],
-        collator: PairCollator,
+        collator: Collator,
         max_tokens_per_batch: int,
         *,
         shuffle: bool = True,

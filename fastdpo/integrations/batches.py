@@ -17,6 +17,7 @@ from .packing import PackedTokens, refuse_restarts
 IGNORE_INDEX = -100
 # TRL's names: of DPOTrainer for pairs, of KTOTrainer for whatever comes as one column.
 _PAIR_KEYS = ("ref_chosen_logps", "ref_rejected_logps")
+_OPTIONS = ("desirable", "sample_weights")  # one number a sequence, or a pair
 _SEQUENCE_KEYS = ("ref_logps",)
 
 
@@ -166,6 +167,22 @@ def take_tokens(batch: Mapping[str, Any]) -> tuple[Tokens | PackedTokens, dict[s
     rest = dict(batch)
     packed = PackedTokens.take(rest)
     return _take_tokens(rest) if packed is None else packed, rest
+
+
+def take_options(
+    batch: Mapping[str, Any], given: Mapping[str, object]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rest of a batch, and the objective's options that a collator put into it.
+
+    Raises:
+        ValueError: one of them is an argument as well.
+    """
+    rest = dict(batch)
+    found = {key: rest.pop(key) for key in _OPTIONS if rest.get(key) is not None}
+    for key in found:
+        if key in given:
+            raise ValueError(f"{key} should be given in the batch or as an argument, got both")
+    return rest, found
 
 
 def with_row_index(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@ their logits.
 
     sequence_logps    a model and a batch of sequences to their log-probabilities
     dpo_loss          a model, its reference and a batch (pairs, rankings, single answers) to the
-                      loss
+                      loss; `preference_loss` is its other name
     with_row_index    a batch to one whose loss waits for nothing on a GPU, for collators
     read_head         the model's lm_head, as `fastdpo.loss` takes it
     vocab_parallel    how tensor parallelism spreads it over processes
@@ -40,6 +40,7 @@ from .batches import (
     check_sequences,
     preference_batch,
     reference_keys,
+    take_options,
     take_tokens,
     with_row_index,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "UnsupportedModel",
     "dpo_loss",
     "hidden_scale",
+    "preference_loss",
     "read_head",
     "sequence_logps",
     "vocab_parallel",
@@ -212,7 +214,8 @@ def dpo_loss(
             a GPU, else the number of rows does, once. All other entries go to the models' forward.
             Or a batch of packed rows or shared prompts, as `fastdpo.data.PairCollator` makes it,
             whose S sequences have the same order; the first time a model gets one, its hidden
-            states are compared with those of the sequences by themselves.
+            states are compared with those of the sequences by themselves. The objective's options
+            `desirable` [S] and `sample_weights` [B] may be in the batch.
         ref_model: the reference.
         ref_adapter: the adapter of a PEFT model that makes it the reference, such as a frozen copy
             of the adapter that training continues from; "__base__" is the model without adapters.
@@ -245,12 +248,13 @@ def dpo_loss(
             raise ValueError(
                 f"{name} should not be given to dpo_loss, whose model and batch determine it"
             )
+    batch, of_the_batch = take_options(batch, objective_options)
     resolved = objectives.resolve(
         objective,
         beta=beta,
         label_smoothing=label_smoothing,
         has_reference=not reference_free,
-        options=objective_options,
+        options={**objective_options, **of_the_batch},
     )
     parts = preference_batch(batch, resolved)
     tokens, model_kwargs = parts.tokens, parts.model_kwargs
@@ -316,6 +320,10 @@ def dpo_loss(
         aux_loss,
         _at_tokens(tokens, logps, options.stats) if options.stats else None,
     )
+
+
+# Of whatever objective: pairs, rankings, single answers.
+preference_loss = dpo_loss
 
 
 def _at_tokens(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from torch import Tensor
+
 from .divergences import F_DIVERGENCES
 from .registry import (
     FINITE,
@@ -47,6 +49,15 @@ def _is_weights(value: object) -> bool:
     if value is None:
         return True
     return isinstance(value, (list, tuple)) and all(weight in NON_NEGATIVE for weight in value)
+
+
+def _are_sample_weights(value: object) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 1:
+        return False
+    # A GPU is not waited for.
+    return not value.is_cpu or bool(((value >= 0) & value.isfinite()).all())
 
 
 COMMON_OPTIONS: Final[dict[str, CommonOption]] = {
@@ -94,6 +105,17 @@ COMMON_OPTIONS: Final[dict[str, CommonOption]] = {
                 "WPO: multiply each pair's loss by its two weights (arXiv 2406.11827)",
             ),
             lambda entry: entry.weightable,
+        ),
+        CommonOption(
+            Option(
+                "sample_weights",
+                None,
+                "a floating tensor [B] of numbers in [0, ∞)",
+                _are_sample_weights,
+                "multiply the loss of each pair, prompt or sequence; what the sum is divided by "
+                "stays their number",
+            ),
+            lambda entry: not entry.whole_batch and not entry.reads_nll,
         ),
         CommonOption(
             Option(

@@ -25,7 +25,7 @@ from .precision import narrowed, widened
 from .registry import Layout, Objective, as_float, describe
 
 # Tensor options with one entry per pair or per sequence.
-_PER_ROW: Final = frozenset({"offset", "desirable", "density_ratio"})
+_PER_ROW: Final = frozenset({"offset", "desirable", "density_ratio", "sample_weights"})
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ResolvedObjective:
     sft_weight: float = 0.0
     wpo: bool = False  # SequenceLogps.weights has to be given
     ld_alpha: float | None = None  # logps have to be weighted sums, see ld_token_weights
+    sample_weights: Tensor | None = None  # [B] of the losses of pairs, prompts or sequences
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class ResolvedObjective:
         (first, *others) = self.parts
         plain = first.entry.name == "sigmoid" and first.weight == 1.0 and not others
         terms = self.sft_weight > 0.0 or self.wpo or self.ld_alpha is not None
+        terms = terms or self.sample_weights is not None
         return plain and self.divergence is None and not terms
 
     @property
@@ -108,8 +110,9 @@ class ResolvedObjective:
             raise ValueError(
                 f"the number of sequences should be {what} for {self._names()}, got {sequences}"
             )
-        for part in self.parts:
-            for name, value in part.options.items():
+        given = [{"sample_weights": self.sample_weights}, *(part.options for part in self.parts)]
+        for options in given:
+            for name, value in options.items():
                 if name not in _PER_ROW or not isinstance(value, Tensor) or value.dim() == 0:
                     continue
                 rows = sequences // group
@@ -155,8 +158,10 @@ class ResolvedObjective:
             if part.weight == 0.0:
                 continue  # 0 · ∞ is 0 here
             losses = part.entry.fn(view, **part.options)
-            if weights is not None:
-                losses = torch.where(weights == 0.0, 0.0, losses * weights)
+            for factor in (weights, self.sample_weights):
+                if factor is not None:  # 0 · ∞ is 0 here too
+                    factor = factor.detach().double()
+                    losses = torch.where(factor == 0.0, 0.0, losses * factor)
             if sequences.num_pairs is not None:
                 # One number for all pairs, which was divided by its own count already.
                 own = view.nll if part.entry.reads_nll else losses.sum() / sequences.num_pairs

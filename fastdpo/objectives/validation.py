@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from .common import COMMON_OPTIONS
 from .divergences import FDivergence
 from .registry import (
@@ -53,8 +55,9 @@ def resolve(
     _check_beta(entries, beta)
     _check_label_smoothing(entries, label_smoothing)
     _check_reference(entries, has_reference)
-    ld_alpha = options.get("ld_alpha")
-    return ResolvedObjective(
+    ld_alpha, sample_weights = options.get("ld_alpha"), options.get("sample_weights")
+    assert sample_weights is None or isinstance(sample_weights, Tensor)
+    resolved = ResolvedObjective(
         parts=tuple(
             Part(entry, weight, _own_options(entry, options))
             for entry, weight in zip(entries, weights.values(), strict=True)
@@ -66,7 +69,14 @@ def resolve(
         sft_weight=_sft_weight(options),
         wpo=bool(options.get("use_weighting", False)),
         ld_alpha=None if ld_alpha is None else as_float(ld_alpha),
+        sample_weights=sample_weights,
     )
+    if sample_weights is not None and resolved.needs_nll:
+        raise ValueError(
+            "sample_weights should be None with an NLL term, which is a mean over tokens and not "
+            "over pairs"
+        )
+    return resolved
 
 
 def _weights(

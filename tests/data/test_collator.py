@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fastdpo.data import PairCollator, truncate
+from fastdpo.data import CompletionCollator, PairCollator, RankingCollator, truncate
 from fastdpo.data.layouts import filled
 
 PAD = 0
@@ -199,3 +199,83 @@ def test_bad_options(options, message):
 def test_no_examples():
     with pytest.raises(ValueError, match="examples should not be empty"):
         PairCollator(PAD)([])
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prompts"])
+def test_rankings(layout):
+    ranked = [
+        {
+            "prompt_ids": e["prompt_ids"],
+            "answer_ids": [e["chosen_ids"], e["rejected_ids"], [7, 8]],
+            "ref_logps": [-1.0 - i, -2.0 - i, -3.0 - i],
+        }
+        for i, e in enumerate(examples(SIZES[:2]))
+    ]
+    batch = RankingCollator(PAD, layout)(ranked)
+    assert batch["ref_logps"].tolist() == [-1.0, -2.0, -2.0, -3.0, -3.0, -4.0]
+    lengths = [len(e["answer_ids"][k]) for k in range(3) for e in ranked]
+    if layout == "padded":
+        assert batch["completion_mask"].sum(-1).tolist() == lengths
+    else:
+        assert batch["row_lengths"].tolist() == lengths
+        flat = [token for k in range(3) for e in ranked for token in e["answer_ids"][k]]
+        assert batch["row_labels"].tolist() == flat
+    if layout == "shared_prompts":
+        assert batch["branch_ids"].max() == 3
+        assert (batch["row_index"].bincount() == 3).sum() == 2  # a prompt's last token, each
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prompts"])
+def test_single_answers(layout):
+    rows = [
+        {"prompt_ids": [1, 2], "completion_ids": [3], "label": True, "ref_logps": -1.0},
+        {"prompt_ids": [4], "completion_ids": [5, 6], "label": False, "ref_logps": -2.0},
+        {"prompt_ids": [4], "completion_ids": [7], "label": 1, "ref_logps": -3.0},
+    ]
+    batch = CompletionCollator(PAD, layout)(rows)
+    assert batch["desirable"].tolist() == [True, False, True]
+    assert batch["ref_logps"].tolist() == [-1.0, -2.0, -3.0]
+    assert batch["desirable"].dtype == torch.bool
+
+
+def test_weights_of_examples():
+    pairs = examples(SIZES[:2], sample_weight=0.5)
+    assert PairCollator(PAD)(pairs)["sample_weights"].tolist() == [0.5, 0.5]
+    del pairs[1]["sample_weight"]
+    with pytest.raises(ValueError, match=r"examples\[1\] should have 'sample_weight'"):
+        PairCollator(PAD)(pairs)
+
+
+@pytest.mark.parametrize(
+    ("collator", "example", "message"),
+    [
+        (RankingCollator, {"answer_ids": [[3]]}, r"\['answer_ids'\] should be two or more answers"),
+        (RankingCollator, {}, r"\['answer_ids'\] should be two or more answers"),
+        (
+            RankingCollator,
+            {"answer_ids": [[3], []]},
+            r"\['answer_ids'\]\['1'\] should be token ids",
+        ),
+        (
+            RankingCollator,
+            {"answer_ids": [[3], [4]], "ref_logps": [-1.0]},
+            r"\['ref_logps'\] should be 2 numbers, got 1",
+        ),
+        (CompletionCollator, {"completion_ids": [3]}, r"\['label'\] should be True or False"),
+        (
+            CompletionCollator,
+            {"completion_ids": [3], "label": 2},
+            r"\['label'\] should be True or False",
+        ),
+        (CompletionCollator, {"label": True}, "should have the key 'completion_ids'"),
+    ],
+)
+def test_other_examples_that_cannot_be_collated(collator, example, message):
+    with pytest.raises(ValueError, match=message):
+        collator(PAD)([{"prompt_ids": [1, 2], **example}])
+
+
+def test_rankings_of_different_lengths():
+    rows = [{"prompt_ids": [1], "answer_ids": [[2]] * k} for k in (2, 3)]
+    with pytest.raises(ValueError, match=r"the same number of answers, got \[2, 3\]"):
+        RankingCollator(PAD)(rows)

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from hf_models import _COMMON, FAMILIES, VOCAB, assert_same_gradients, build, gradients
 from sampling import sampled
 
-from fastdpo.data import PairCollator
+from fastdpo.data import CompletionCollator, PairCollator, RankingCollator
 from fastdpo.integrations import hf, layout_check, tokens
 
 LAYOUTS = ("packed", "shared_prompts")
@@ -278,6 +278,77 @@ def test_objectives(options, layout):
     assert_like_padded(
         build("Qwen2"), layout, reference_free=False, ref_model=_reference(), **options
     )
+
+
+def test_rankings_and_single_answers():
+    """With a reference, of which everything is known by itself: K·B and an odd number."""
+    rng = random.Random(3)
+
+    def ids(n):
+        return [rng.randrange(3, 50) for _ in range(n)]
+
+    ranked = [{"prompt_ids": ids(4), "answer_ids": [ids(3), ids(5), ids(2)]} for _ in range(3)]
+    single = [
+        {"prompt_ids": ids(3), "completion_ids": ids(n), "label": n % 2 == 0} for n in range(1, 6)
+    ]
+    cases = [
+        (RankingCollator, ranked, {"objective": "plackett_luce", "num_candidates": 3}),
+        (CompletionCollator, single, {"objective": "kto", "kl": 0.1}),
+        (CompletionCollator, single, {"objective": "bco", "delta": 0.2}),
+    ]
+    for collator, examples, options in cases:
+        model = build("Qwen2")
+        results = []
+        for layout in ("padded", *LAYOUTS):
+            batch = collator(0, layout)(examples)
+            out = hf.preference_loss(model, batch, _reference(), **options)
+            out.loss.backward()
+            results.append((out.loss.detach(), gradients(model)))
+        for loss, grads in results[1:]:
+            torch.testing.assert_close(loss, results[0][0])
+            assert_same_gradients(grads, results[0][1])
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "ipo", "hinge"])
+def test_micro_batches_of_1_and_3_pairs(objective):
+    """Weighted, give the gradient of 4."""
+    weights = [0.5, 2.0, 0.0, 1.0]
+    examples = [{**e, "sample_weight": w} for e, w in zip(pairs(), weights, strict=True)]
+    model, reference = build("Qwen2"), _reference()
+    options = {"objective": objective, "num_pairs": 4}
+
+    def step(parts):
+        total = 0.0
+        for part in parts:
+            batch = PairCollator(0, "shared_prompts")(part)
+            loss = hf.dpo_loss(model, batch, reference, **options).loss
+            loss.backward()
+            total += loss.item()
+        return total, gradients(model)
+
+    whole, parts = step([examples]), step([examples[:1], examples[1:]])
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    assert_same_gradients(parts[1], whole[1])
+    alone = [
+        hf.dpo_loss(model, PairCollator(0)([e]), reference, objective=objective).loss.item()
+        for e in pairs()
+    ]
+    expected = sum(w * loss for w, loss in zip(weights, alone, strict=True)) / 4
+    assert whole[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_options_both_in_the_batch_and_beside_it():
+    batch = {**PairCollator(0)(pairs()), "sample_weights": torch.ones(4)}
+    for options, message in (
+        ({"sample_weights": torch.ones(4)}, "in the batch or as an argument"),
+        ({"sft_weight": 0.1}, "sample_weights should be None with an NLL term"),
+        ({"objective": "aot"}, "sample_weights is not defined for aot"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf.dpo_loss(build("Llama"), batch, build("Llama"), **options)
+    for wrong in (torch.ones(3), -torch.ones(4), torch.ones(4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="sample_weights should"):
+            hf.dpo_loss(build("Llama"), {**batch, "sample_weights": wrong}, build("Llama"))
 
 
 def _reference():

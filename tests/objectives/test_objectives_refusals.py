@@ -116,6 +116,7 @@ BAD_OPTIONS = [
     ("sigmoid", "rpo_alpha", [-1.0]),
     ("sigmoid", "ld_alpha", [-0.1, 1.1, "a"]),
     ("sigmoid", "use_weighting", [1, None]),
+    ("sigmoid", "sample_weights", [1.0, -torch.ones(4), torch.ones(4).long(), torch.ones(2, 2)]),
 ]
 
 

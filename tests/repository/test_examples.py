@@ -17,8 +17,19 @@ NEEDS = {
     "lora": ("peft",),
     "trl_trainer": ("trl", "datasets"),
     "axolotl_dpo": ("trl", "datasets"),
+    "fast_trainer": ("trl", "datasets"),
 }
-NAMES = ("plain_loop", "lora", "trl_trainer", "original_repository")
+NAMES = (
+    "plain_loop",
+    "lora",
+    "trl_trainer",
+    "original_repository",
+    "shared_prompts",
+    "packed",
+    "fast_trainer",
+    "kto",
+)
+FIRST_LOSS = {"kto": 0.5}  # of equal models; else ln 2
 STACKS = ("megatron_lm", "verl_actor", "llama_factory", "axolotl_dpo", "torchtitan_loss")
 
 
@@ -40,8 +51,9 @@ def run(name, monkeypatch, capsys, *arguments):
 def test_it_learns(name, monkeypatch, capsys, tmp_path):
     losses = run(name, monkeypatch, capsys, "--output", tmp_path / "out")
     assert len(losses) == 20
-    assert losses[0] == 0.6931  # ln 2: the policy is its reference
-    assert losses[-1] < 0.6
+    first = FIRST_LOSS.get(name, 0.6931)  # the policy is its reference
+    assert losses[0] == first
+    assert losses[-1] < first - 0.09
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -68,8 +80,9 @@ def test_with_a_model_and_data_of_ones_own(name, monkeypatch, capsys, tmp_path):
     out = tmp_path / "out"
     arguments = ("--model", given, "--data", data, "--output", out, "--steps", 3, "--lr", 1e-2)
     losses = run(name, monkeypatch, capsys, *arguments)
-    assert losses[0] == 0.6931
-    assert losses[-1] < 0.69
+    first = FIRST_LOSS.get(name, 0.6931)
+    assert losses[0] == first
+    assert losses[-1] < first - 0.001
     saved = AutoModelForCausalLM.from_pretrained(out)  # an adapter is found beside its base
     assert saved.config.vocab_size == len(tokenizer)
 
