@@ -2,11 +2,13 @@
 
 LoRA on the head, z = h · Wᵀ + s · drop(h) · Aᵀ · Bᵀ, is a head of a few more columns:
 
-    z = [h, s · drop(h) · Aᵀ] · [W, B]ᵀ
+    z = [h, p] · [W, B]ᵀ        p = s · drop(h) · Aᵀ        ∂loss/∂B = Eᵀ · diag(−gain g r) · p
 
 which keeps the adapter's own precision (W + s · B · A in 16 bits would round it away) and its
-dropout. Its price is a copy of the weight, and a gradient of its size. With the adapter disabled
-the columns are zero but stay, so that a reference and a policy that are equal are equal to the bit.
+dropout. The columns stay apart (`Head.extra`), so that W is not copied and, frozen, has no gradient
+computed: that of B is a product r columns wide (equation (8) of `fastdpo.core.linear`). With the
+adapter disabled the columns are zero but stay, so that a reference and a policy that are equal are
+equal to the bit.
 """
 
 from __future__ import annotations
@@ -110,20 +112,21 @@ class HeadReader:
         hidden = hidden.to(head.weight.device)
         autocast = torch.is_autocast_enabled(hidden.device.type)
         dtype = hidden.dtype if autocast else head.weight.dtype
-        hiddens, weights, bias = [hidden.to(dtype)], [head.weight], head.bias
+        hiddens, extras, bias = [hidden.to(dtype)], [], head.bias
         for a in self.adapters:
             if self.disabled:
                 hiddens.append(hiddens[0].new_zeros(*hidden.shape[:-1], a.lora_a.weight.shape[0]))
-                weights.append(head.weight.new_zeros(a.lora_b.weight.shape))
+                extras.append(head.weight.new_zeros(a.lora_b.weight.shape))
                 continue
             taken = hidden.to(a.lora_a.weight.dtype)
             projected = a.lora_a(a.dropout(taken) if with_dropout else taken) * a.scaling
             hiddens.append(projected.to(dtype))  # [..., r]
-            weights.append(a.lora_b.weight.to(head.weight.dtype))
+            extras.append(a.lora_b.weight.to(head.weight.dtype))
             bias = _plus_bias(bias, a)
-        if len(weights) == 1:
+        if not extras:
             return hiddens[0], self.cut(head)
-        head = dataclasses.replace(head, weight=torch.cat(weights, -1), bias=bias)
+        extra = extras[0] if len(extras) == 1 else torch.cat(extras, -1)
+        head = dataclasses.replace(head, extra=extra, bias=bias)
         return torch.cat(hiddens, -1), self.cut(head)
 
 
