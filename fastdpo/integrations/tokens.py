@@ -159,8 +159,8 @@ def token_answer(
         known = padded if torch.compiler.is_compiling() else whole
         device = at.hidden.device
         # Whoever casts to fp32 has chosen the dtype of the product.
-        quiet = torch.autocast(device.type, enabled=False) if options.fp32_head else nullcontext()
-        with quiet:
+        chosen = options.fp32_head or at.chooses_dtype
+        with torch.autocast(device.type, enabled=False) if chosen else nullcontext():
             hidden, head = options.operands(at)
             labels = checks.labels(shifted_labels.to(device), hidden.shape[:-1], hidden)
             call = Call(

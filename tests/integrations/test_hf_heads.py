@@ -315,24 +315,6 @@ def test_a_weight_of_eight_bits_is_refused(dtype):
         hf.sequence_logps(model, input_ids, labels, mask)
 
 
-@pytest.mark.parametrize("name", ["Linear4bit", "Linear8bitLt"])
-def test_bitsandbytes_heads_are_refused_as_what_they_are(name):
-    """By a class of that name: bitsandbytes needs a GPU."""
-    quantized = type(
-        name,
-        (nn.Linear,),
-        {"__module__": "bitsandbytes.nn.modules", "forward": lambda self, x: x @ self.weight.T},
-    )
-    model, (input_ids, mask, labels) = build("Llama"), batch()
-    model.lm_head = quantized(32, model.config.vocab_size, bias=False)
-    for call in (
-        lambda: hf.sequence_logps(model, input_ids, labels, mask),
-        lambda: hf.read_head(model),
-    ):
-        with pytest.raises(hf.UnsupportedModel, match=f"quantized by bitsandbytes .*{name}"):
-            call()
-
-
 def test_a_copy_is_probed_and_answers_for_itself():
     model, (input_ids, mask, labels) = build("Llama"), batch()
     hf.sequence_logps(model, input_ids, labels, mask)
