@@ -46,7 +46,7 @@ class Adapter(NamedTuple):
         taken = hidden.to(self.lora_a.weight.dtype)
         dropped = self.dropout(taken) if with_dropout else taken
         b = self.lora_b.weight
-        head = dataclasses.replace(head, bias=self.plus_bias(head.bias))
+        head = dataclasses.replace(head, bias=self.bias_of(head))
         if self.magnitude is None:
             return [self.lora_a(dropped) * self.scaling], [b], head
         scale = self.row_scale(head.weight).unsqueeze(1)  # [V, 1]
@@ -69,14 +69,12 @@ class Adapter(NamedTuple):
             ]
         return self.magnitude.weight / torch.cat(norms)
 
-    def plus_bias(
-        self,
-        bias: Tensor | None,  # [V]
-    ) -> Tensor | None:  # [V]
+    def bias_of(self, head: Head) -> Tensor | None:  # [V]
+        """The head's and its own."""
         if self.lora_b.bias is None:
-            return bias
-        extra = self.lora_b.bias * self.scaling
-        return extra if bias is None else bias + extra.to(bias.dtype)
+            return head.bias
+        own = (self.lora_b.bias * self.scaling).to(head.weight.dtype)
+        return own if head.bias is None else head.bias + own
 
 
 def is_of(package: str, module: Any) -> bool:

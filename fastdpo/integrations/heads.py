@@ -68,7 +68,7 @@ class HeadReader:
         describe = description_of(inner[-1])
         adapters = tuple(adapters_of(module))
         reader = cls(lm, layers, head_rule(lm), adapters, disabled, rows, describe)
-        reader._check_dora()
+        reader._check_adapters()
         if of_bitsandbytes(reader.base) is not None:
             check_layer(reader.base)
             return reader
@@ -77,15 +77,27 @@ class HeadReader:
             check_readable(local_rows(weight))
         return reader
 
-    def _check_dora(self) -> None:
-        plain = self.rows is None and self.describe is None
-        if not plain and any(a.magnitude is not None for a in self.adapters):
-            kind = f"a registered {type(self.base).__name__}"
-            what = kind if self.rows is None else "trainable_token_indices"
+    def _check_adapters(self) -> None:
+        read_as_it_is = self.describe is None and of_bitsandbytes(self.base) is None
+        if self.rows is not None and not read_as_it_is:
             raise UnsupportedModel(
-                f"model: its output head has a DoRA adapter on {what}; DoRA is supported on a "
-                "linear layer alone"
+                "model: its output head has trainable_token_indices on a "
+                f"{type(self.base).__name__}; they are supported on a torch.nn.Linear alone"
             )
+        if not any(a.magnitude is not None for a in self.adapters):
+            return
+        unsupported = {
+            "trainable_token_indices": self.rows is not None,
+            f"a registered {type(self.base).__name__}": self.describe is not None,
+            # PEFT 0.21 takes the layer's state apart in its forward, on a CPU beyond repair.
+            "bitsandbytes' Linear8bitLt": rounds_hidden(self.base),
+        }
+        for what, is_so in unsupported.items():
+            if is_so:
+                raise UnsupportedModel(
+                    f"model: its output head has a DoRA adapter on {what}; DoRA is supported on a "
+                    "torch.nn.Linear or on bitsandbytes' Linear4bit, by itself"
+                )
 
     @property
     def base(self) -> Any:
@@ -240,7 +252,7 @@ def read_head(model: nn.Module) -> Head:
         merged = weight + delta.to(weight.dtype)
         if adapter.magnitude is not None:
             merged = (adapter.row_scale(weight).unsqueeze(1) * merged).to(weight.dtype)
-        head = dataclasses.replace(head, weight=merged, bias=adapter.plus_bias(head.bias))
+        head = dataclasses.replace(head, weight=merged, bias=adapter.bias_of(head))
     return reader.cut(head)
 
 

@@ -182,12 +182,11 @@ def _compute_dtype(layer: Any, dtype: torch.dtype) -> torch.dtype:
 
 
 def _codes(layer: Any) -> tuple[Any, Any]:  # Q [V, D] int8, b [V]
-    """The layer's first call moves them from its weight to its state."""
+    """Of the layer's state, or until its first call of its weight."""
     state, weight = layer.state, layer.weight
-    if state.CB is not None:
-        return state.CB, state.SCB
-    codes = getattr(weight, "CB", None)
-    return (weight.data if codes is None else codes), getattr(weight, "SCB", None)
+    codes = getattr(weight, "CB", None) if state.CB is None else state.CB
+    sizes = getattr(weight, "SCB", None) if state.SCB is None else state.SCB
+    return (weight.data if codes is None else codes), sizes
 
 
 class _Rounded(torch.autograd.Function):

@@ -188,6 +188,17 @@ def test_lora_on_a_quantized_head(bnb, case, training):
     compare(model)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_dora_on_a_quantized_head(bnb, training):
+    model = loaded(four_bit(bnb, build("Llama")), 4)
+    model = lora(model, target_modules=["lm_head"], use_dora=True).train(training)
+    disturb(model)
+    compare(model)
+    model = loaded(eight_bit(bnb, build("Llama")), 8)
+    model = lora(model, target_modules=["lm_head"], use_dora=True)
+    refused(model, "DoRA adapter on bitsandbytes' Linear8bitLt")
+
+
 def test_qlora_starts_at_ln_2(bnb):
     for quantize, bits in ((four_bit, 4), (eight_bit, 8)):
         for options in ({"target_modules": ["q_proj"]}, {"target_modules": ["lm_head"]}):

@@ -265,6 +265,9 @@ def test_lora_on_a_registered_head(registry):
     model = lora(with_head(UnitHead), target_modules=["lm_head"], use_dora=True)
     with pytest.raises(hf.UnsupportedModel, match="DoRA adapter on a registered UnitHead"):
         ours(model)
+    options = {"trainable_token_indices": {"lm_head": [3, 4]}}
+    with pytest.raises(hf.UnsupportedModel, match="trainable_token_indices on a UnitHead"):
+        ours(lora(with_head(UnitHead), **options))
 
 
 def test_two_softcaps_are_refused(registry):
