@@ -211,6 +211,24 @@ def test_qlora_starts_at_ln_2(bnb):
             assert all(m.training for m in model.modules())
 
 
+@pytest.mark.parametrize("target_modules", [["q_proj"], ["q_proj", "lm_head"]])
+def test_a_named_reference_under_qlora(bnb, target_modules):
+    model = loaded(four_bit(bnb, build("Llama")), 4)
+    model = lora(model, target_modules=target_modules)
+    disturb(model)
+    model.add_adapter("frozen", model.peft_config["default"])
+    state = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, p in state.items():
+            if "default" in path.split("."):
+                state[path.replace("default", "frozen")].copy_(p)
+    input_ids, labels, given = batch(sequences=6)
+    pairs = {"input_ids": input_ids, "labels": labels, **given}
+    ln_2 = torch.tensor(math.log(2.0)).item()
+    assert hf.dpo_loss(model, pairs, ref_adapter="frozen").loss.item() == ln_2
+    assert abs(hf.dpo_loss(model, pairs, ref_adapter="__base__").loss.item() - ln_2) > 1e-3
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_weight_is_dequantized_once_a_call_and_kept_by_nobody(bnb, bits, monkeypatch):
     model = (four_bit if bits == 4 else eight_bit)(bnb, build("Llama"))
