@@ -55,8 +55,9 @@ def main() -> None:
 
     for step in range(1, args.steps + 1):
         rows = [examples[i] for i in torch.randint(len(examples), (args.batch_size,)).tolist()]
-        others = rows[1:] + rows[:1]  # each prompt with another's answer
-        mixed = [{**a, "completion_ids": b["completion_ids"]} for a, b in zip(rows, others, strict=True)]
+        # Each prompt with another's answer.
+        answers = [row["completion_ids"] for row in rows[1:] + rows[:1]]
+        mixed = [{**r, "completion_ids": a} for r, a in zip(rows, answers, strict=True)]
         with torch.no_grad():
             batch = on_device(mixed)
             batch.pop("desirable")

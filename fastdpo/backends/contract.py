@@ -3,7 +3,8 @@
 A backend is a module with these functions. They are pure, know nothing of autograd, losses or
 users, and every tensor they are given has been checked. N is the number of rows that carry loss, V
 the vocabulary (or a tile of it), D the hidden size; "accumulate dtype" is fp64 for fp64 inputs,
-else fp32.
+else fp32. Where a head has columns kept apart (`Head.extra` [V, r]), D counts them: hidden's last r
+columns are theirs. A backend whose `TAKES_EXTRA` is False is given such heads joined.
 
 `target_logits(hidden [N, D], head, labels [N]) -> a [N]`
     The label's own logit, a_t = z_t[y_t], in the accumulate dtype.
@@ -147,6 +148,9 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    # More columns of the weight, kept apart from it: hidden is then [N, D + r]. LoRA's B, beside a
+    # weight that nobody wants to copy, or to have the gradient of.
+    extra: Tensor | None = None  # [V, r]
 
     @property
     def logit_map(self) -> LogitMap:
@@ -165,7 +169,25 @@ class Head:
         if start == 0 and stop == self.vocab_size:
             return self
         bias = None if self.bias is None else self.bias[start:stop]
-        return dataclasses.replace(self, weight=self.weight[start:stop], bias=bias)
+        extra = None if self.extra is None else self.extra[start:stop]
+        return dataclasses.replace(self, weight=self.weight[start:stop], bias=bias, extra=extra)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return (self.weight,) if self.extra is None else (self.weight, self.extra)
+
+    def parts(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:  # [N, D + r]
+        """(like [N, D], weight [V, D]) and, where there are more columns, (like [N, r], extra)."""
+        if self.extra is None:
+            return [(like, self.weight)]
+        size = self.weight.shape[1]
+        return [(like[:, :size], self.weight), (like[:, size:], self.extra)]
+
+    def joined(self) -> Head:
+        """The same head with one weight [V, D + r]: a copy, where it is not one already."""
+        if self.extra is None:
+            return self
+        return dataclasses.replace(self, weight=torch.cat(self.weights, 1), extra=None)
 
     def softcap_derivative(self, logits: Tensor) -> Tensor | None:
         return self.logit_map.softcap_derivative(logits)

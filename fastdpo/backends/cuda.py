@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 PRIMITIVES = frozenset({"logits_logps", "logits_logps_backward", "target_logits", "sequence_loss"})
+TAKES_EXTRA = False
 
 _ops = getattr(torch.ops, CUDA)
 

@@ -48,7 +48,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """z [N, V] in the accumulate dtype."""
-    z = matmul(hidden, head.weight.t())
+    (x, weight), *extra = head.parts(hidden)
+    z = matmul(x, weight.t())
+    for x, weight in extra:
+        z.addmm_(x.to(z.dtype), weight.t().to(z.dtype))
     if head.bias is not None:
         z += head.bias
     return _transform(z, head)
@@ -83,9 +86,12 @@ def _entries_logits(
     a = hidden.new_empty(entries.shape[0], dtype=dtype)
     for start in range(0, entries.shape[0], block):
         part = slice(start, start + block)
-        weight = head.weight.index_select(0, entries[part]).to(dtype)
-        products = weight.mul_(hidden[part] if rows is None else hidden[rows[part]])
-        a[part] = products.sum(-1)
+        of_rows = hidden[part] if rows is None else hidden[rows[part]]
+        sums = [
+            weight.index_select(0, entries[part]).to(dtype).mul_(x).sum(-1)
+            for x, weight in head.parts(of_rows)
+        ]
+        a[part] = sums[0] if len(sums) == 1 else sums[0] + sums[1]
     if head.bias is not None:
         a += head.bias.index_select(0, entries)
     return _transform(a, head)
@@ -342,6 +348,7 @@ def _row_blocks(carries: Tensor, logits: Tensor) -> list[Tensor]:
 
 
 PRIMITIVES = frozenset(__all__)
+TAKES_EXTRA = True
 
 
 def available() -> tuple[bool, str]:

@@ -83,19 +83,21 @@ def lm_head(
     softcap: float | None,
     temperature: float,
     prefix: str = "",
+    extra: Tensor | None = None,
 ) -> Head:
     """The head that these arguments describe; `prefix` ("ref_") goes before the tensors' names in
-    messages.
+    messages. `extra` is ours, and fits the weight.
     """
     name = f"{prefix}hidden"
     floating(name, hidden)
     floating(f"{prefix}weight", weight)
     if weight.dim() != 2 or weight.numel() == 0:
         fail(f"{prefix}weight", "of shape [V, D] with V > 0 and D > 0", shape(weight))
-    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+    size = weight.shape[1] + (0 if extra is None else extra.shape[1])
+    if hidden.dim() == 0 or hidden.shape[-1] != size:
         fail(
             name,
-            f"of shape [..., {weight.shape[1]}] to fit {prefix}weight {shape(weight)}",
+            f"of shape [..., {size}] to fit {prefix}weight {shape(weight)}",
             shape(hidden),
         )
     _same_device(name, hidden, f"{prefix}weight", weight)
@@ -114,7 +116,7 @@ def lm_head(
         if compute is None and bias.dtype != hidden.dtype:
             fail(f"{prefix}bias", f"of {name}'s dtype {hidden.dtype}", bias.dtype)
     curve = logit_map(logit_scale, softcap, temperature)
-    return Head(weight, bias, curve.scale, curve.softcap, curve.temperature)
+    return Head(weight, bias, curve.scale, curve.softcap, curve.temperature, extra)
 
 
 def materialized(

@@ -29,6 +29,16 @@ of it is needed.
 before the sum is known, so with fp16 inputs E is always computed again in the backward, from the
 anchor that makes S = 2^10.
 
+Columns of the weight that are kept apart (`Head.extra`: LoRA's B [V, r], with p = s · drop(h) · Aᵀ
+in the last r columns of hidden) are operands like the others, and have a gradient of their own,
+
+    (8)  ∂loss/∂B        = −gain · Eᵀ · diag(g r) · p
+
+r columns of (5). Beside a frozen weight that is all of (5): two products and 3 r / D of one, where
+E is kept, and nothing of the weight's size. Where it is not, one product more computes it again.
+Only backends that cannot read two weights have them joined, for the length of a forward, and by
+blocks of columns in the backward.
+
 The blocks of the forward depend on shapes and dtype alone, never on what is trained or kept: the
 policy and a reference with equal weights go through the same operations and agree to the bit.
 
@@ -41,7 +51,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +110,7 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    extra: bool = False
 
     @property
     def any(self) -> bool:
@@ -107,7 +118,7 @@ class Needs(NamedTuple):
 
     @property
     def head(self) -> bool:
-        return self.weight or self.bias
+        return self.weight or self.bias or self.extra
 
 
 class RowState(NamedTuple):
@@ -169,7 +180,8 @@ def forward_pass(
     whole_labels, labels = labels, call.local(labels)
     ready = x.dtype != torch.float16  # may E be formed before the sums are known?
     backend = select.primitive("exp_logits", x, call.backend)
-    target = _target_logits(x, head, labels, call)
+    served = _served(backend, head)
+    target = _target_logits(x, served, labels, call)
     blocks = _row_blocks(x, head, call)
 
     kept = product = scratch = stored = None
@@ -194,7 +206,7 @@ def forward_pass(
             out = scratch[: rows.stop - rows.start]
         sums = backend.exp_logits(
             x[rows],
-            head,
+            served,
             labels[rows],
             target[rows],
             out=out,
@@ -212,7 +224,8 @@ def forward_pass(
             _set_label_entries(out, labels[rows], _label_entry(state, head))
             if product is not None:
                 scale = (-head.gain * state.inverse).unsqueeze(1)
-                product[rows] = _product(out, head.weight) * scale
+                for into, weight in head.parts(product[rows]):
+                    into.copy_(_product(out, weight) * scale)
     sums = _joined(parts, target)
     flags = torch.cat(reanchored) if reanchored else target.new_empty(0, dtype=torch.bool)
     state = RowState(target, sums.anchor, sums.sum, flags)
@@ -245,8 +258,10 @@ def backward_pass(
     needs: Needs,
     state: RowState,
     kept: Kept | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of hidden [M, D], weight [V, D] and bias [V] that are needed, else None."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of hidden [M, D], weight [V, D], bias [V] and extra [V, r], None where not
+    needed.
+    """
     upstream = upstream.to(state.target.dtype)
     x, cast = operands(hidden, head, rows, call)
     if x.dtype == torch.float16:
@@ -258,37 +273,53 @@ def backward_pass(
     if x.dtype == torch.float16 and len(x):
         size = coefficients.abs().amax().clamp_min(torch.finfo(coefficients.dtype).tiny)
     small = coefficients if size is None else coefficients / size
-    scaled = (x * small.unsqueeze(1)).to(x.dtype) if needs.weight else None  # [N, D]
-
-    grad_weight = torch.empty_like(head.weight) if needs.weight else None
+    grads = [torch.empty_like(head.weight) if needs.weight else None]
+    if head.extra is not None:
+        grads.append(torch.empty_like(head.extra) if needs.extra else None)
+    factors = [
+        (grad, (part * small.unsqueeze(1)).to(x.dtype))  # [N, D] or [N, r]
+        for grad, (part, _) in zip(grads, head.parts(x), strict=True)
+        if grad is not None
+    ]
     grad_bias = torch.empty_like(head.bias) if needs.bias and head.bias is not None else None
     grad_x = _HiddenGradient(x, coefficients, lift)
     grad_rows: Tensor | None = None
+    factor: Tensor | None
 
     labels = call.local(rows.labels)
     blocks = _column_blocks(x, cast, labels, call, state, kept)
     if upstream.entropy is not None:
         blocks = _entropy_blocks(blocks, upstream, x, cast, labels, state, kept)
     for start, stop, e in blocks:
-        if grad_weight is not None and scaled is not None:
-            part = grad_weight[start:stop]
-            wide = _widens(e) and part.dtype == torch.float32
-            if size is None and (wide or part.dtype == e.dtype):
-                _product_into(part, e.t(), scaled, lift)
-            else:
-                product = _product(e.t(), scaled)
-                part.copy_(_lowered(product, lift) if size is None else product * size)
+        for grad, factor in factors:
+            _weight_gradient(grad[start:stop], e, factor, lift, size)
         if grad_bias is not None:
             grad_bias[start:stop] = _lowered(_column_sums(e, coefficients), lift)
         if needs.hidden and stop - start == call.vocab_size(head):
-            grad_rows = grad_x.whole(e, cast.weight)
+            grad_rows = grad_x.whole(e, cast)
         elif needs.hidden:
-            grad_x.add(e, cast.weight[start:stop])
-    e = scaled = None  # their memory is needed no more
+            grad_x.add(e, cast.columns(start, stop))
+    e = factor = None  # their memory is needed no more
+    factors.clear()
     if needs.hidden:
         grad_rows = _reduced(grad_x.finish(), call) if grad_rows is None else grad_rows
         grad_rows = rows.scatter(grad_rows.to(hidden.dtype))
-    return grad_rows, grad_weight, grad_bias
+    return grad_rows, grads[0], grad_bias, grads[1] if len(grads) > 1 else None
+
+
+def _weight_gradient(
+    into: Tensor,  # [C, D]
+    e: Tensor,  # [N, C]
+    scaled: Tensor,  # [N, D]
+    lift: float,
+    size: Tensor | None,  # [] taken out of the product, for fp16
+) -> None:
+    wide = _widens(e) and into.dtype == torch.float32
+    if size is None and (wide or into.dtype == e.dtype):
+        _product_into(into, e.t(), scaled, lift)
+    else:
+        product = _product(e.t(), scaled)
+        into.copy_(_lowered(product, lift) if size is None else product * size)
 
 
 def _coefficients(
@@ -338,7 +369,7 @@ def _column_blocks(x, head, labels, call, state, kept):
     for start in range(done, vocab, buffer.shape[1]):
         stop = min(start + buffer.shape[1], vocab)
         e = buffer[:, : stop - start]
-        part = head.columns(start, stop)
+        part = _served(backend, head.columns(start, stop))
         # In the forward's blocks and by its operations: the order in which a product sums may
         # depend on its shape, and E would not be what S is the sum of.
         for rows in _row_blocks(x, head, call):
@@ -404,38 +435,50 @@ class _HiddenGradient:
         self._x, self._coefficients, self._lift = x, coefficients.unsqueeze(1), lift
         self._sum: Tensor | None = None  # [N, D]
 
-    def whole(self, e: Tensor, weight: Tensor) -> Tensor:
+    def whole(self, e: Tensor, head: Head) -> Tensor:
         """The gradient [N, D] from all columns at once: no sum remains, and no fp32 copy of it."""
         if not _widens(e):
-            return _lowered(_product(e, weight).mul_(self._coefficients), self._lift)
-        value, block = torch.empty_like(self._x), row_block(weight.shape[0], self._x)
+            found = [_product(e, weight).mul_(self._coefficients) for weight in head.weights]
+            return _lowered(found[0] if len(found) == 1 else torch.cat(found, 1), self._lift)
+        value, block = torch.empty_like(self._x), row_block(head.vocab_size, self._x)
         for start in range(0, e.shape[0], block):
             rows = slice(start, start + block)
-            product = _product(e[rows], weight).mul_(self._coefficients[rows])
-            value[rows] = _lowered(product, self._lift)
+            for into, weight in head.parts(value[rows]):
+                product = _product(e[rows], weight).mul_(self._coefficients[rows])
+                into.copy_(_lowered(product, self._lift))
         return value
 
-    def add(self, e: Tensor, weight: Tensor) -> None:
+    def add(self, e: Tensor, head: Head) -> None:
         if self._sum is None:
             self._sum = self._x.new_zeros(self._x.shape, dtype=self._coefficients.dtype)
-        if e.dtype == self._sum.dtype:
-            self._sum.addmm_(e, weight)
+        for into, weight in head.parts(self._sum):
+            self._add(into, e, weight)
+
+    @staticmethod
+    def _add(into: Tensor, e: Tensor, weight: Tensor) -> None:
+        if e.dtype == into.dtype:
+            into.addmm_(e, weight)
         elif _widens(e):
-            block = sum_rows(self._sum)
-            for total, rows in zip(self._sum.split(block), e.split(block), strict=True):
+            block = sum_rows(into)
+            for total, rows in zip(into.split(block), e.split(block), strict=True):
                 total += _wide_product(rows, weight)
         else:  # operands are widened first, a few columns at a time
-            width = recompute_columns(e.shape[0], e.shape[1], self._sum)
+            width = recompute_columns(e.shape[0], e.shape[1], into)
             for part, rows in zip(e.split(width, 1), weight.split(width), strict=True):
-                self._sum.addmm_(part.to(self._sum.dtype), rows.to(self._sum.dtype))
+                into.addmm_(part.to(into.dtype), rows.to(into.dtype))
 
     def finish(self) -> Tensor:
         assert self._sum is not None
         return _lowered(self._sum.mul_(self._coefficients), self._lift)
 
 
+def _served(backend: Any, head: Head) -> Head:
+    return head if backend.TAKES_EXTRA else head.joined()
+
+
 def _target_logits(x: Tensor, head: Head, labels: Tensor, call: Call) -> Tensor:  # [N]
     backend = select.primitive("target_logits", x, call.backend)
+    head = _served(backend, head)
     if call.vocab_parallel is None:
         return backend.target_logits(x, head, labels)
     inside = labels.clamp(0, head.vocab_size - 1)
@@ -457,8 +500,11 @@ def _tolerance(
     block = sum_rows(x)
     for start in range(0, x.shape[0], block):
         rows = slice(start, start + block)
-        weight = head.weight.index_select(0, inside[rows]).to(size.dtype)
-        size[rows] = weight.mul_(x[rows]).abs_().sum(-1)
+        parts = (
+            weight.index_select(0, inside[rows]).to(size.dtype).mul_(part).abs_().sum(-1)
+            for part, weight in head.parts(x[rows])
+        )
+        size[rows] = sum(parts)
     if call.vocab_parallel is not None:
         size = call.vocab_parallel.from_owner(size, labels)
     eps = torch.finfo(size.dtype).eps
@@ -490,9 +536,9 @@ def operands(hidden: Tensor, head: Head, rows: Rows, call: Call) -> tuple[Tensor
     dtype = call.compute_dtype
     if dtype is None:
         return x.contiguous(), head
-    bias = None if head.bias is None else head.bias.to(dtype)
+    bias, extra = (None if t is None else t.to(dtype) for t in (head.bias, head.extra))
     return x.to(dtype).contiguous(), dataclasses.replace(
-        head, weight=head.weight.to(dtype), bias=bias
+        head, weight=head.weight.to(dtype), bias=bias, extra=extra
     )
 
 
@@ -563,7 +609,7 @@ def _statistic(
     if name == "mean_logits":
         if sums.logits is not None:  # asked for where there is a softcap
             return (sums.logits + state.target) / call.vocab_size(head)
-        mean = head.weight.mean(0, dtype=logps.dtype)
+        mean = torch.cat([weight.mean(0, dtype=logps.dtype) for weight in head.weights])
         # Not a matrix-vector product, which sums a row in an order that depends on the others.
         few = sum_rows(x)
         u = torch.cat([(part.to(logps.dtype) * mean).sum(-1) for part in x.split(few)])

@@ -33,14 +33,13 @@ def token_logps(
     rows: Rows,
     call: Call,
 ) -> LinearLogps:  # [N] each ([M] while deferred, zeros where a row carries no loss)
-    """Label log-probabilities of the rows that carry loss, differentiable in hidden, weight and
-    bias.
+    """Label log-probabilities of the rows that carry loss, differentiable in hidden and the head's
+    tensors.
     """
     grad = torch.is_grad_enabled()
-    needs = Needs(
-        *(grad and t is not None and t.requires_grad for t in (hidden, head.weight, head.bias))
-    )
-    logps, *stats = _TokenLogps.apply(hidden, head.weight, head.bias, head, rows, call, needs)
+    inputs = (hidden, head.weight, head.bias, head.extra)
+    needs = Needs(*(grad and t is not None and t.requires_grad for t in inputs))
+    logps, *stats = _TokenLogps.apply(*inputs, head, rows, call, needs)
     return LinearLogps(logps, **dict(zip(call.stats, stats, strict=True)))
 
 
@@ -55,9 +54,9 @@ class _Saved(NamedTuple):
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head: Head, rows: Rows, call: Call, needs: Needs):
+    def forward(ctx, hidden, weight, bias, extra, head: Head, rows: Rows, call: Call, needs: Needs):
         ctx.set_materialize_grads(False)
-        head = dataclasses.replace(head, weight=weight, bias=bias)
+        head = dataclasses.replace(head, weight=weight, bias=bias, extra=extra)
         if rows.count is not None:
             logps, stats, saved = _forward_by_operator(hidden, head, rows, call, needs)
             columns = 0
@@ -70,9 +69,9 @@ class _TokenLogps(torch.autograd.Function):
             saved = _Saved(state, done.hidden_product, flat, entropy)
             columns = 0 if done.kept is None else done.kept.columns
         if needs.any:
-            inputs = (hidden, weight, bias)
+            inputs = (hidden, weight, bias, extra)
             if saved.product is not None and rows.count is None and saved.entropy is None:
-                inputs = (None, None, None)  # U is all that an eager backward reads
+                inputs = (None,) * 4  # U is all that an eager backward reads
             # All of it as saved tensors, E as well: freed when the backward is done, and seen by
             # checkpointing and offloading.
             ctx.save_for_backward(*inputs, rows.labels, rows.index, rows.count, *saved)
@@ -87,15 +86,17 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_logps, *grad_stats):
-        hidden, weight, bias, labels, index, count, *rest = ctx.saved_tensors
+        hidden, weight, bias, extra, labels, index, count, *rest = ctx.saved_tensors
         saved = _Saved(*rest)
         grad_entropy = next((grad for grad in grad_stats if grad is not None), None)
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         if grad_logps is None:
             assert grad_entropy is not None
             grad_logps = torch.zeros_like(grad_entropy)
-        head = Head(weight, bias, *ctx.curve)  # None, None where U is all that is read
+        scale, softcap, temperature = ctx.curve
+        # No tensors where U is all that is read.
+        head = Head(weight, bias, scale, softcap, temperature, extra)
         upstream = Upstream(grad_logps)
         if grad_entropy is not None:
             upstream = Upstream(grad_logps, grad_entropy, saved.entropy)
@@ -112,7 +113,7 @@ class _TokenLogps(torch.autograd.Function):
                 grad = linear.frozen_head_backward(
                     grad_logps, saved.product, rows, ctx.call, ctx.dtype
                 )
-                return grad, *(None,) * 6
+                return grad, *(None,) * 7
             assert saved.state is not None
             state = RowState.unpacked(saved.state)
             grads = linear.backward_pass(
@@ -144,6 +145,7 @@ def _forward_by_operator(
         hidden,
         head.weight,
         head.bias,
+        head.extra,
         rows.labels,
         rows.index,
         rows.count,
@@ -174,6 +176,7 @@ def _backward_by_operator(
         hidden,
         head.weight,
         head.bias,
+        head.extra,
         rows.labels,
         rows.index,
         rows.count,
@@ -189,6 +192,7 @@ def _forward(  # many parameters: an operator takes no objects
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    extra: Tensor | None,
     labels: Tensor,
     index: Tensor,
     count: Tensor,
@@ -205,7 +209,7 @@ def _forward(  # many parameters: an operator takes no objects
     rows = selected(labels, index, count, weight.shape[0])
     outputs = _empty_outputs(hidden, weight, labels, call, needs)
     logps, others, entropy, state, product, flat = outputs
-    head = Head(weight, bias, scale, softcap, temperature)
+    head = Head(weight, bias, scale, softcap, temperature, extra)
     storage = flat if flat.numel() else None
     done = _forward_pass(hidden, head, rows, call, needs, storage)
     logps.copy_(rows.scatter(done.logps))
@@ -221,7 +225,8 @@ def _forward(  # many parameters: an operator takes no objects
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, labels, index, count, scale, softcap, temperature, call_text, needed):
+def _(hidden, weight, bias, extra, labels, *rest):
+    *_, call_text, needed = rest
     return _empty_outputs(hidden, weight, labels, Call.from_text(call_text), Needs(*needed))
 
 
@@ -236,6 +241,7 @@ def _backward(  # many parameters: an operator takes no objects
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    extra: Tensor | None,
     labels: Tensor,
     index: Tensor,
     count: Tensor,
@@ -244,15 +250,15 @@ def _backward(  # many parameters: an operator takes no objects
     temperature: float,
     call_text: str,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; [0] for those that are not needed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias and extra; [0] for those that are not needed.
 
     A compiled graph passes zeros for the entropy's gradient where none flows, which a CPU can see.
     """
     if grad_entropy is not None and grad_entropy.is_cpu and not bool(grad_entropy.any()):
         grad_entropy = entropy = None
     call, needs = Call.from_text(call_text), Needs(*needed)
-    head = Head(weight, bias, scale, softcap, temperature)
+    head = Head(weight, bias, scale, softcap, temperature, extra)
     rows = selected(labels, index, count, weight.shape[0])
     n = rows.labels.shape[0]
     given = (grad_logps, grad_entropy, entropy)
@@ -262,7 +268,7 @@ def _backward(  # many parameters: an operator takes no objects
             grad = linear.frozen_head_backward(
                 upstream.logps, product[:n], rows, call, hidden.dtype
             )
-            grads: tuple[Tensor | None, ...] = (grad, None, None)
+            grads: tuple[Tensor | None, ...] = (grad, None, None, None)
         else:
             kept = None
             if flat.numel():
@@ -271,16 +277,16 @@ def _backward(  # many parameters: an operator takes no objects
                 kept = Kept(flat, n, columns) if columns else None
             part = RowState.unpacked(state[:, :n])
             grads = linear.backward_pass(upstream, hidden, head, rows, call, needs, part, kept)
-    x, w, b = (hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
-    return x, w, b
+    x, w, b, a = (hidden.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return x, w, b, a
 
 
 @_backward.register_fake
-def _(grad_logps, grad_entropy, entropy, state, product, flat, hidden, weight, bias, *rest):
+def _(grad_logps, grad_entropy, entropy, state, product, flat, hidden, weight, bias, extra, *rest):
     needed = rest[-1]
     return tuple(
         torch.empty(t.shape, dtype=t.dtype, device=t.device) if flag else hidden.new_empty(0)
-        for t, flag in zip((hidden, weight, bias), needed, strict=True)
+        for t, flag in zip((hidden, weight, bias, extra), needed, strict=True)
     )
 
 

@@ -2,11 +2,13 @@
 
 LoRA on the head, z = h · Wᵀ + s · drop(h) · Aᵀ · Bᵀ, is a head of a few more columns:
 
-    z = [h, s · drop(h) · Aᵀ] · [W, B]ᵀ
+    z = [h, p] · [W, B]ᵀ        p = s · drop(h) · Aᵀ        ∂loss/∂B = Eᵀ · diag(−gain g r) · p
 
 which keeps the adapter's own precision (W + s · B · A in 16 bits would round it away) and its
-dropout. Its price is a copy of the weight, and a gradient of its size. With the adapter disabled
-the columns are zero but stay, so that a reference and a policy that are equal are equal to the bit.
+dropout. The columns stay apart (`Head.extra`), so that W is not copied and, frozen, has no gradient
+computed: that of B is a product r columns wide (equation (8) of `fastdpo.core.linear`). With the
+adapter disabled the columns are zero but stay, so that a reference and a policy that are equal are
+equal to the bit.
 """
 
 from __future__ import annotations
@@ -14,15 +16,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.contract import Head
 from ..distributed.vocabulary import VocabParallel
+from .adapters import Adapter, active, adapters_of, is_lora, is_of, trains_rows, with_trained_rows
 from .families import HeadRule, head_rule
-from .quantized import check_readable, dequantized
+from .quantized import (
+    check_layer,
+    check_readable,
+    dequantized,
+    dequantized_layer,
+    layer_weight,
+    of_bitsandbytes,
+    rounds_hidden,
+)
+from .registered import Describe, curve, described, description_of
 from .tensor_parallel import is_fully_sharded, local_rows, spread_of
 from .unwrap import UnsupportedModel, bare, causal_lm, output_head
 
@@ -38,6 +50,8 @@ class HeadReader:
     rule: HeadRule
     adapters: tuple[Adapter, ...]  # LoRA on the head
     disabled: bool  # the adapters, not the head
+    rows: Any | None = None  # PEFT's layer with rows of the weight that are trained
+    describe: Describe | None = None  # of a registered class
 
     @classmethod
     def of(cls, lm: Any) -> HeadReader:
@@ -48,27 +62,68 @@ class HeadReader:
         """
         layers = tuple(_layers(output_head(lm)))
         module = layers[-1]
-        disabled = _is_lora(module) and bool(module.disable_adapters)
-        reader = cls(lm, layers, head_rule(lm), tuple(_adapters(module)), disabled)
+        disabled = is_lora(module) and bool(module.disable_adapters)
+        inner = list(_inner_layers(module))
+        rows = next((layer for layer in inner if trains_rows(layer)), None)
+        describe = description_of(inner[-1])
+        adapters = tuple(adapters_of(module))
+        reader = cls(lm, layers, head_rule(lm), adapters, disabled, rows, describe)
+        reader._check_adapters()
+        if of_bitsandbytes(reader.base) is not None:
+            check_layer(reader.base)
+            return reader
         weight = getattr(reader.base, "weight", None)  # FSDP1 may have taken it away
-        if weight is not None:
+        if weight is not None and describe is None:
             check_readable(local_rows(weight))
         return reader
 
+    def _check_adapters(self) -> None:
+        read_as_it_is = self.describe is None and of_bitsandbytes(self.base) is None
+        if self.rows is not None and not read_as_it_is:
+            raise UnsupportedModel(
+                "model: its output head has trainable_token_indices on a "
+                f"{type(self.base).__name__}; they are supported on a torch.nn.Linear alone"
+            )
+        if not any(a.magnitude is not None for a in self.adapters):
+            return
+        unsupported = {
+            "trainable_token_indices": self.rows is not None,
+            f"a registered {type(self.base).__name__}": self.describe is not None,
+            # PEFT 0.21 takes the layer's state apart in its forward, on a CPU beyond repair.
+            "bitsandbytes' Linear8bitLt": rounds_hidden(self.base),
+        }
+        for what, is_so in unsupported.items():
+            if is_so:
+                raise UnsupportedModel(
+                    f"model: its output head has a DoRA adapter on {what}; DoRA is supported on a "
+                    "torch.nn.Linear or on bitsandbytes' Linear4bit, by itself"
+                )
+
     @property
     def base(self) -> Any:
-        """The linear layer."""
-        module = self.layers[-1]
-        return module.base_layer if _is_lora(module) else module
+        """The layer inside the adapters."""
+        return list(_inner_layers(self.layers[-1]))[-1]
 
     @property
     def vocab_size(self) -> int:
-        """Of the whole vocabulary, also where nobody has all of its rows."""
+        """Of the whole vocabulary, also where nobody has all of its rows. Of a registered head this
+        is a guess until it is called.
+        """
         base = self.base
         weight = getattr(base, "weight", None)
         gone = weight is None or weight.dim() != 2 or weight.numel() == 0
-        size = base.out_features if gone else weight.shape[0]  # type: ignore[union-attr]
+        if gone or of_bitsandbytes(base) is not None:
+            named = getattr(base, "out_features", None)
+            lm: Any = self.lm
+            size = lm.config.get_text_config().vocab_size if named is None else named
+        else:
+            size = weight.shape[0]  # type: ignore[union-attr]
         return size if self.rule.vocab_size is None else min(size, self.rule.vocab_size)
+
+    @property
+    def chooses_dtype(self) -> bool:
+        """Is the dtype of the product the layer's, whatever autocast says?"""
+        return of_bitsandbytes(self.base) is not None
 
     def vocab_parallel(self) -> VocabParallel | None:
         """How tensor parallelism spreads the head; None where it does not.
@@ -76,19 +131,47 @@ class HeadReader:
         Raises:
             UnsupportedModel: it is sharded in another way, or changed by what needs all of it.
         """
+        if self.describe is not None:
+            for parameter in self.base.parameters():
+                if spread_of(self.lm, parameter) is not None:
+                    name = type(self.base).__name__
+                    raise UnsupportedModel(
+                        f"model: its output head, a registered {name}, is not supported under "
+                        "tensor parallelism"
+                    )
+            return None
         spread = spread_of(self.lm, self.base.weight)
-        if spread is not None and (self.adapters or self.rule.vocab_size is not None):
-            what = "LoRA on the head" if self.adapters else "a padded vocabulary that is cut off"
+        changed = {
+            "LoRA on the head": bool(self.adapters),
+            "trainable_token_indices": self.rows is not None,
+            "a padded vocabulary that is cut off": self.rule.vocab_size is not None,
+        }
+        what = next((name for name, is_so in changed.items() if is_so), None)
+        if spread is not None and what is not None:
             raise UnsupportedModel(f"model: {what} is not supported under tensor parallelism")
         return spread
 
     def read(self) -> Head:
-        """The head without its adapters, and before its padding is cut off."""
-        base = self.base
+        """The head without LoRA, and before its padding is cut off."""
+        base, rule = self.base, self.rule
+        if self.describe is not None:
+            parts = described(base, self.describe)
+            name = type(base).__name__
+            if self.adapters and (parts.scale != 1.0 or parts.softcap is not None):
+                raise UnsupportedModel(
+                    f"model: LoRA on its output head, a registered {name} with a scale or a "
+                    "softcap, is added behind them; fastdpo does not know how"
+                )
+            scale, softcap = curve(parts, rule, name)
+            return Head(parts.weight, parts.bias, scale=scale, softcap=softcap)
+        if of_bitsandbytes(base) is not None:
+            return self._with_bias_of(base, layer_weight(base))
         spread_of(self.lm, base.weight)  # refuses what is sharded in another way
-        weight = dequantized(local_rows(base.weight))
+        weight, bias = dequantized(local_rows(base.weight)), local_rows(base.bias)
+        if self.rows is not None:
+            weight, bias = with_trained_rows(self.rows, weight, bias)
         _check_weight(weight)
-        return Head(weight, local_rows(base.bias), scale=self.rule.scale, softcap=self.rule.softcap)
+        return Head(weight, bias, scale=rule.scale, softcap=rule.softcap)
 
     def cut(self, head: Head) -> Head:
         size = self.rule.vocab_size
@@ -105,33 +188,38 @@ class HeadReader:
         Without autocast they come in the weight's dtype: a layer inside an adapter may have a hook
         that casts its input, and could not be multiplied otherwise.
         """
+        multiplied, head = self._multiplied(hidden)
+        hidden = hidden.to(multiplied.device)
+        hiddens, extras = [multiplied], []
+        for adapter in self.adapters:
+            if self.disabled:
+                rank = adapter.lora_a.weight.shape[0]
+                hiddens.append(multiplied.new_zeros(*multiplied.shape[:-1], rank))
+                extras.append(head.weight.new_zeros(adapter.lora_b.weight.shape))
+                continue
+            added, columns, head = adapter.columns(hidden, head, with_dropout)
+            hiddens.extend(part.to(multiplied.dtype) for part in added)
+            extras.extend(part.to(head.weight.dtype) for part in columns)
+        if not extras:
+            return multiplied, self.cut(head)
+        extra = extras[0] if len(extras) == 1 else torch.cat(extras, -1)
+        return torch.cat(hiddens, -1), self.cut(dataclasses.replace(head, extra=extra))
+
+    def _multiplied(self, hidden: Tensor) -> tuple[Tensor, Head]:  # [..., D]
+        """What the layer inside the adapters multiplies."""
+        base = self.base
+        if of_bitsandbytes(base) is not None:
+            multiplied, weight = dequantized_layer(base, hidden.to(base.weight.device))
+            return multiplied, self._with_bias_of(base, weight)
         head = self.read()
         # Models split over several devices keep the head on the last one.
         hidden = hidden.to(head.weight.device)
         autocast = torch.is_autocast_enabled(hidden.device.type)
-        dtype = hidden.dtype if autocast else head.weight.dtype
-        hiddens, weights, bias = [hidden.to(dtype)], [head.weight], head.bias
-        for a in self.adapters:
-            if self.disabled:
-                hiddens.append(hiddens[0].new_zeros(*hidden.shape[:-1], a.lora_a.weight.shape[0]))
-                weights.append(head.weight.new_zeros(a.lora_b.weight.shape))
-                continue
-            taken = hidden.to(a.lora_a.weight.dtype)
-            projected = a.lora_a(a.dropout(taken) if with_dropout else taken) * a.scaling
-            hiddens.append(projected.to(dtype))  # [..., r]
-            weights.append(a.lora_b.weight.to(head.weight.dtype))
-            bias = _plus_bias(bias, a)
-        if len(weights) == 1:
-            return hiddens[0], self.cut(head)
-        head = dataclasses.replace(head, weight=torch.cat(weights, -1), bias=bias)
-        return torch.cat(hiddens, -1), self.cut(head)
+        return hidden if autocast else hidden.to(head.weight.dtype), head
 
-
-class Adapter(NamedTuple):
-    lora_a: nn.Linear
-    lora_b: nn.Linear
-    scaling: float
-    dropout: nn.Module
+    def _with_bias_of(self, base: Any, weight: Tensor) -> Head:
+        bias = None if base.bias is None else base.bias.to(weight.dtype)
+        return Head(weight, bias, scale=self.rule.scale, softcap=self.rule.softcap)
 
 
 def read_head(model: nn.Module) -> Head:
@@ -152,14 +240,19 @@ def read_head(model: nn.Module) -> Head:
     """
     reader = HeadReader.of(causal_lm(model))
     _refuse_gathered(reader)
+    if rounds_hidden(reader.base):
+        raise UnsupportedModel(
+            "model: its output head is bitsandbytes' Linear8bitLt, which rounds its hidden states: "
+            "no weight says what it computes. Use dpo_loss or sequence_logps, which round them too"
+        )
     head = reader.read()
     for adapter in () if reader.disabled else reader.adapters:
+        weight = head.weight
         delta = torch.mm(adapter.lora_b.weight, adapter.lora_a.weight) * adapter.scaling  # [V, D]
-        head = dataclasses.replace(
-            head,
-            weight=head.weight + delta.to(head.weight.dtype),
-            bias=_plus_bias(head.bias, adapter),
-        )
+        merged = weight + delta.to(weight.dtype)
+        if adapter.magnitude is not None:
+            merged = (adapter.row_scale(weight).unsqueeze(1) * merged).to(weight.dtype)
+        head = dataclasses.replace(head, weight=merged, bias=adapter.bias_of(head))
     return reader.cut(head)
 
 
@@ -182,9 +275,12 @@ def hidden_scale(model: nn.Module) -> float:
 
 def _refuse_gathered(reader: HeadReader) -> None:
     """Parameters that only a forward gathers."""
-    weight = getattr(reader.base, "weight", None)
-    sharded = hasattr(weight, "device_mesh") and is_fully_sharded(reader.lm, *reader.layers)
-    if weight is None or weight.numel() == 0 or sharded:
+    base = reader.base
+    tensors = [getattr(base, "weight", None)] if reader.describe is None else base.parameters()
+    for weight in tensors:
+        sharded = hasattr(weight, "device_mesh") and is_fully_sharded(reader.lm, *reader.layers)
+        if weight is not None and weight.numel() and not sharded:
+            continue
         kind = "gone" if weight is None else f"a {type(weight).__name__} {tuple(weight.shape)}"
         raise UnsupportedModel(
             f"model: the lm_head's weight is sharded ({kind}: FSDP, ZeRO-3) and is gathered only "
@@ -194,93 +290,55 @@ def _refuse_gathered(reader: HeadReader) -> None:
 
 
 def _layers(module: Any) -> Iterator[Any]:
-    """The head, what it wraps, and so on, down to the plain linear layer or PEFT's LoRA on one."""
+    """The head, what it wraps, and so on, down to the layer whose forward multiplies: the innermost
+    one, or PEFT's around it.
+    """
     yield module
     if (inner := bare(module)) is not module:
         yield from _layers(inner)
-    elif _is_linear(module) or (_is_lora(module) and _is_linear(module.base_layer)):
-        return
-    elif _is_of("peft", module):
-        yield from _layers(_active(module))
-    else:
-        _refuse_bitsandbytes(module)
-        # An own forward cannot be trusted to be linear, not even after a successful probe: what an
-        # adapter does may still be zero.
-        raise UnsupportedModel(
-            f"model: its output head is a {type(module).__name__}, whose arithmetic fastdpo does "
-            "not know (expected torch.nn.Linear, or PEFT's LoRA or modules_to_save around one)"
-        )
-
-
-def _active(module: Any) -> nn.Module:
-    """What PEFT's modules_to_save calls."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    if isinstance(module, ModulesToSaveWrapper):
-        if module.disable_adapters or not module.active_adapters:
-            return module.original_module
-        return module.modules_to_save[module.active_adapters[0]]
-    _refuse_bitsandbytes(getattr(module, "base_layer", module))
-    raise UnsupportedModel(
-        f"model: its output head is wrapped in PEFT's {type(module).__name__}; on the head fastdpo "
-        "knows LoRA and modules_to_save"
-    )
-
-
-def _refuse_bitsandbytes(module: nn.Module) -> None:
-    if _is_of("bitsandbytes", module):
-        raise UnsupportedModel(
-            "model: its output head is quantized by bitsandbytes (a "
-            f"{type(module).__name__}), which fastdpo does not read: keep the head unquantized, "
-            'with llm_int8_skip_modules=["lm_head"] in the BitsAndBytesConfig'
-        )
-
-
-def _adapters(module: Any) -> Iterator[Adapter]:
-    """Of every active LoRA adapter on the head, disabled or not."""
-    if not _is_lora(module) or module.merged:
-        return
-    for name in module.active_adapters:
-        if name not in module.lora_A:
-            continue
-        if name in module.lora_variant:
+    elif is_lora(module) or trains_rows(module):
+        list(_inner_layers(module))  # known, or refused
+    elif is_of("peft", module):
+        if (wrapped := active(module)) is None:
             raise UnsupportedModel(
-                f"model: adapter {name!r} puts a LoRA variant on the output head; plain LoRA is "
-                "supported there"
+                f"model: its output head is wrapped in PEFT's {type(module).__name__}; on the head "
+                "fastdpo knows LoRA, DoRA, trainable_token_indices and modules_to_save"
             )
-        yield Adapter(
-            module.lora_A[name],
-            module.lora_B[name],
-            module.scaling[name],
-            module.lora_dropout[name],
-        )
+        yield from _layers(wrapped)
+    elif not _multiplies(module):
+        _refuse(module)
 
 
-def _plus_bias(
-    bias: Tensor | None,  # [V]
-    adapter: Adapter,
-) -> Tensor | None:  # [V]
-    if adapter.lora_b.bias is None:
-        return bias
-    extra = adapter.lora_b.bias * adapter.scaling
-    return extra if bias is None else bias + extra.to(bias.dtype)
+def _inner_layers(module: Any) -> Iterator[Any]:
+    """A layer of `_layers`' last kind, and what it wraps down to what multiplies."""
+    yield module
+    if is_lora(module) or trains_rows(module):
+        yield from _inner_layers(module.base_layer)
+    elif is_of("peft", module) and trains_rows(wrapped := active(module)):
+        yield from _inner_layers(wrapped)
+    elif not _multiplies(module):
+        _refuse(module)
+
+
+def _multiplies(module: Any) -> bool:
+    known = of_bitsandbytes(module) is not None or description_of(module) is not None
+    return known or _is_linear(module)
+
+
+def _refuse(module: Any) -> NoReturn:
+    # An own forward cannot be trusted to be linear, not even after a successful probe: what an
+    # adapter does may still be zero.
+    name = type(module).__name__
+    raise UnsupportedModel(
+        f"model: its output head is a {name}, whose arithmetic fastdpo does not know (expected "
+        "torch.nn.Linear, bitsandbytes' Linear4bit or Linear8bitLt, or PEFT's LoRA, DoRA, "
+        "trainable_token_indices or modules_to_save around one); describe it with "
+        f"fastdpo.integrations.hf.register_head({name}, ...)"
+    )
 
 
 def _is_linear(module: Any) -> bool:
     return type(module).forward is nn.Linear.forward  # parametrized ones included
-
-
-def _is_lora(module: nn.Module) -> bool:
-    if not _is_of("peft", module):
-        return False
-    from peft.tuners.lora.layer import Linear as LoraLinear
-
-    return isinstance(module, LoraLinear)
-
-
-def _is_of(package: str, module: nn.Module) -> bool:
-    # fully_shard puts a class of its own before the module's.
-    return any(cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -7,6 +7,7 @@ their logits.
     with_row_index    a batch to one whose loss waits for nothing on a GPU, for collators
     read_head         the model's lm_head, as `fastdpo.loss` takes it
     vocab_parallel    how tensor parallelism spreads it over processes
+    register_head     what an lm_head of a class of one's own computes
 
 The backbone runs as the model wrote it, through every wrapper around it, up to the input of its
 lm_head; there `fastdpo.loss` takes over, and what it computes leaves through the model's output
@@ -49,18 +50,21 @@ from .forward import examine
 from .heads import hidden_scale, read_head, vocab_parallel
 from .packing import PackedTokens
 from .reference import as_reference
+from .registered import HeadParts, register_head
 from .tokens import TokenOptions, rows_with_loss, token_logps, tokens_loss
 from .unwrap import UnsupportedModel
 
 __all__ = [
     "FAMILIES",
     "DPOOutput",
+    "HeadParts",
     "HeadRule",
     "UnsupportedModel",
     "dpo_loss",
     "hidden_scale",
     "preference_loss",
     "read_head",
+    "register_head",
     "sequence_logps",
     "vocab_parallel",
     "with_row_index",

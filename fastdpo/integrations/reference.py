@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .quantized import rounds_hidden
+from .registered import description_of
 from .unwrap import peft_model
 
 REF_ADAPTER = "ref"  # the name that TRL gives to the frozen copy of an adapter
@@ -62,8 +64,14 @@ def _reshard(model: nn.Module) -> None:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode. Not by `eval()`, which modules may override to do more."""
-    training = [module for module in model.modules() if module.training]
+    """Every module in eval mode. Not by `eval()`, which modules may override to do more.
+
+    A registered head stays as it is (NormHead's eval mode writes over its weight), and so does
+    bitsandbytes' Linear8bitLt (which on a CPU rounds its input in eval mode alone). Neither drops
+    anything.
+    """
+    # But for those whose eval mode computes something else: policy and reference do the same.
+    training = [m for m in model.modules() if m.training and not keeps_mode(m)]
     for module in training:
         module.training = False
     try:
@@ -71,6 +79,10 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def keeps_mode(module: nn.Module) -> bool:
+    return description_of(module) is not None or rounds_hidden(module)
 
 
 def reference_adapter(peft: Any | None, ref_adapter: str | None) -> str | None:

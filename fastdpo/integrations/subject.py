@@ -46,7 +46,8 @@ def subject_of(
         tuple(sorted((name, _option(value)) for name, value in model_kwargs.items())),
         tuple(_scalars(config, (bool, int, float, str)) for config in _configs(lm)),
         tuple(_behaviour(module) for module in (*chain, *holders, *beside, *head.modules())),
-        tuple(_scalars(holder, (bool, float, str)) for holder in holders),
+        # A head's own flags as well, by which it may choose what it multiplies.
+        tuple(_scalars(m, (bool, float, str)) for m in (*holders, *head.modules())),
         tuple(_tensors(holder) for holder in holders),
         tuple(_adapters(module) for module in head.modules()),
         tuple((WeakIdRef(p), p.dtype, p.device) for p in head.parameters()),

@@ -39,6 +39,7 @@ class AtHead(NamedTuple):
     hidden: Tensor  # [S, T, D] its input
     head: Head
     vocab_parallel: VocabParallel | None  # where head is this process's rows
+    chooses_dtype: bool = False  # has the layer chosen the dtype of the product, over autocast?
 
     @property
     def vocab_size(self) -> int:
@@ -99,16 +100,19 @@ class HeadTap(nn.Module):
         self._check(hidden, args, kwargs)
         spread = self.reader.vocab_parallel()
         logits = self._logits(hidden, spread)
-        if self.prompted:  # virtual tokens have no labels
-            hidden = hidden[:, hidden.shape[1] - self.shape[1] :]
         if self.answer is None:
-            self.hidden = hidden
+            self.hidden = self._of_tokens(hidden)
             return {}, logits
         bound, head = self.reader.bind(hidden)
-        answers = self.answer(AtHead(bound, head, spread))
+        at = AtHead(self._of_tokens(bound), head, spread, self.reader.chooses_dtype)
+        answers = self.answer(at)
         if not torch.compiler.is_compiling():
             answers = {name: self.depart(name, value) for name, value in answers.items()}
         return answers, logits
+
+    def _of_tokens(self, hidden: Tensor) -> Tensor:
+        """Without virtual tokens, which have no labels."""
+        return hidden[:, hidden.shape[1] - self.shape[1] :] if self.prompted else hidden
 
     def _logits(self, hidden: Tensor, spread: VocabParallel | None) -> Tensor:
         """The model's own, of no rows or of the probe's."""

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.contract import Head
 from ..core import checks, rows, step
-from ..core.call import LossCall
+from ..core.call import Call, LossCall
 from ..core.picked import picked
 from ..core.results import LinearDPOOutput, LinearLogps
 from ..core.rows import Rows
 from ..core.step import Reference
-from ..loss import linear_logps
 from .batches import IGNORE_INDEX, Tokens
 from .forward import AUX_LOSS, answered, examine
 from .heads import HeadReader
@@ -54,15 +54,23 @@ class TokenOptions:
     def with_stats(self, *stats: str) -> TokenOptions:
         return dataclasses.replace(self, stats=stats)
 
-    def operands(self, at: AtHead) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states, weight and bias."""
-        tensors = (at.hidden, at.head.weight, at.head.bias)
-        if not self.fp32_head:
-            return tensors
-        hidden, weight, bias = (None if t is None else t.float() for t in tensors)
-        assert hidden is not None
-        assert weight is not None
-        return hidden, weight, bias
+    def operands(self, at: AtHead) -> tuple[Tensor, Head]:
+        """Hidden states and head, checked."""
+        head = at.head
+        tensors: Any = (at.hidden, head.weight, head.bias, head.extra)
+        if self.fp32_head:
+            tensors = [None if t is None else t.float() for t in tensors]
+        hidden, weight, bias, extra = tensors
+        head = checks.lm_head(
+            hidden,
+            weight,
+            bias,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            temperature=self.temperature,
+            extra=extra,
+        )
+        return hidden, head
 
 
 def find_rows(
@@ -211,29 +219,23 @@ def token_answer(
     def answer(at: AtHead) -> Answers:
         # A compiled graph takes rows whose number is no shape.
         known = padded if torch.compiler.is_compiling() else whole
-        hidden, weight, bias = options.operands(at)
-        device = hidden.device
-        if row_index is not None:
-            hidden = picked(hidden.flatten(0, -2), row_index.to(device))
+        device = at.hidden.device
         # Whoever casts to fp32 has chosen the dtype of the product.
-        quiet = torch.autocast(device.type, enabled=False) if options.fp32_head else nullcontext()
-        with quiet:
-            tokens = linear_logps(
-                hidden,
-                weight,
-                shifted_labels.to(device),
-                bias=bias,
-                logit_scale=at.head.scale,
-                softcap=at.head.softcap,
-                temperature=options.temperature,
-                stats=options.stats,
-                workspace_bytes=options.workspace_bytes,
-                backend=options.backend,
-                row_index=known.to(device),
-                vocab_parallel=at.vocab_parallel,
+        chosen = options.fp32_head or at.chooses_dtype
+        with torch.autocast(device.type, enabled=False) if chosen else nullcontext():
+            hidden, head = options.operands(at)
+            if row_index is not None:
+                hidden = picked(hidden.flatten(0, -2), row_index.to(device))
+            labels = checks.labels(shifted_labels.to(device), hidden.shape[:-1], hidden)
+            call = Call(
+                options.stats,
+                options.workspace_bytes,
+                options.backend,
+                checks.compute_dtype(hidden),
+                checks.vocab_parallel(at.vocab_parallel, head),
             )
-        if isinstance(tokens, Tensor):
-            return {"logps": tokens[..., :columns]}
+            here = rows.find(labels, IGNORE_INDEX, call.vocab_size(head), known.to(device))
+            tokens = step.at_labels(step.token_logps(hidden, head, here, call), here)
         values = {k: v[..., :columns] for k, v in tokens._asdict().items() if v is not None}
         if options.logging and "entropy" in values:
             values["entropy"] = values["entropy"].detach()

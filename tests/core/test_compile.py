@@ -264,10 +264,12 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.fastdpo.rows, (y, -100, V, given))
     head = (y, index, torch.tensor(len(index)), 1.0, None, 1.0)
     # Not test_aot_dispatch_dynamic: it would compare what lies in the outputs' unused parts.
-    for stats, trained in ((("entropy",), (True, True, True)), ((), (True, False, False))):
+    whole, frozen, apart = (True, True, True), (True, False, False), (True, False, False, True)
+    for stats, trained in ((("entropy",), whole), ((), frozen), ((), apart)):
         w, b = (weight, bias) if trained[1] else (weight.detach(), None)
+        w, extra = (w[:, 3:].contiguous(), w[:, :3].contiguous()) if trained == apart else (w, None)
         torch.library.opcheck(
             torch.ops.fastdpo.token_logps,
-            (flat.detach(), w.detach(), b, *head, Call(stats).to_text(), list(trained)),
+            (flat.detach(), w.detach(), b, extra, *head, Call(stats).to_text(), list(trained)),
             test_utils=("test_schema", "test_faketensor"),
         )

@@ -293,13 +293,6 @@ def test_dropout_of_an_adapter_on_the_head():
     assert all(m.training for m in model.modules())
 
 
-def test_a_lora_variant_on_the_head_is_refused():
-    model = lora(build("Llama"), target_modules=["lm_head"], use_dora=True)
-    input_ids, _, labels = batch()
-    with pytest.raises(hf.UnsupportedModel, match="variant"):
-        hf.sequence_logps(model, input_ids, labels)
-
-
 class NormalisedHead(nn.Linear):
     def forward(self, x):
         return nn.functional.linear(x, nn.functional.normalize(self.weight))

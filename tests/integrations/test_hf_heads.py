@@ -40,17 +40,25 @@ def cast_input(module, args):
     return tuple(a.to(torch.float32) for a in args)
 
 
-def with_fp32_head(model):
+def cast_keywords(module, args, kwargs):
+    return cast_input(module, args), {name: value.float() for name, value in kwargs.items()}
+
+
+def with_fp32_head(model, dtype=BF16, hook=cast_input, **options):
     """As TRL's cast_lm_head_to_fp32 makes it."""
-    model = model.bfloat16()
-    model.lm_head.float().register_forward_pre_hook(cast_input)
+    model = model.to(dtype)
+    model.lm_head.float().register_forward_pre_hook(hook, **options)
     return model
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi"])
-def test_an_fp32_head_on_a_bf16_backbone(family):
+@pytest.mark.parametrize("keywords", [False, True])
+def test_an_fp32_head_on_a_16_bit_backbone(family, dtype, keywords):
     options = {"tie_word_embeddings": False} if family == "Gemma2" else {}
-    model, (input_ids, mask, labels) = with_fp32_head(build(family, **options)), batch()
+    hook = {"hook": cast_keywords, "with_kwargs": True} if keywords else {}
+    model = with_fp32_head(build(family, **options), dtype, **hook)
+    input_ids, mask, labels = batch()
     expected = logps(model, input_ids, mask, labels)
     expected.sum().backward()
     base = gradients(model)
@@ -73,6 +81,27 @@ def test_a_head_whose_input_the_model_casts():
     input_ids, mask, labels = batch()
     expected = logps(model, input_ids, mask, labels)
     torch.testing.assert_close(hf.sequence_logps(model, input_ids, labels, mask), expected, **CLOSE)
+
+
+def test_an_fp32_head_that_nothing_casts_for_fails_as_the_model_does():
+    model, (input_ids, mask, labels) = build("Llama").bfloat16(), batch()
+    model.lm_head.float()
+    for call in (
+        lambda: model(input_ids=input_ids),
+        lambda: hf.sequence_logps(model, input_ids, labels, mask),
+    ):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            call()
+
+
+@pytest.mark.parametrize("target_modules", [["q_proj"], ["q_proj", "lm_head"]])
+def test_an_fp32_head_starts_at_ln_2(target_modules):
+    model = lora(with_fp32_head(build("Llama")), target_modules=target_modules).train()
+    input_ids, mask, labels = batch(sequences=6)
+    pairs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    out = hf.dpo_loss(model, pairs)
+    assert out.loss.item() == torch.tensor(2.0).log().item()
+    assert out.chosen_logps.dtype == torch.float32
 
 
 def _cast_output_for(model):
@@ -313,24 +342,6 @@ def test_a_weight_of_eight_bits_is_refused(dtype):
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(dtype), False)
     with pytest.raises(hf.UnsupportedModel, match=r"quantized .*float8"):
         hf.sequence_logps(model, input_ids, labels, mask)
-
-
-@pytest.mark.parametrize("name", ["Linear4bit", "Linear8bitLt"])
-def test_bitsandbytes_heads_are_refused_as_what_they_are(name):
-    """By a class of that name: bitsandbytes needs a GPU."""
-    quantized = type(
-        name,
-        (nn.Linear,),
-        {"__module__": "bitsandbytes.nn.modules", "forward": lambda self, x: x @ self.weight.T},
-    )
-    model, (input_ids, mask, labels) = build("Llama"), batch()
-    model.lm_head = quantized(32, model.config.vocab_size, bias=False)
-    for call in (
-        lambda: hf.sequence_logps(model, input_ids, labels, mask),
-        lambda: hf.read_head(model),
-    ):
-        with pytest.raises(hf.UnsupportedModel, match=f"quantized by bitsandbytes .*{name}"):
-            call()
 
 
 def test_a_copy_is_probed_and_answers_for_itself():

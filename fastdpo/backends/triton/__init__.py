@@ -44,6 +44,8 @@ PRIMITIVES = frozenset(
     {"target_logits", "exp_logits", "logits_logps", "logits_logps_backward", "sequence_loss"}
 )
 
+TAKES_EXTRA = False
+
 
 def available() -> tuple[bool, str]:
     """Whether the kernels can run here, and why or why not, in words."""
