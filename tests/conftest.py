@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 import interpreter
 import pytest
+from processes import Processes
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.patch_once_a_launch()
@@ -72,3 +73,25 @@ def _no_autocast_is_left_on():
     for kind in left:
         torch.set_autocast_enabled(kind, False)
     assert not left, f"autocast was left on for {left}"
+
+
+def _pool(size, tmp_path_factory):
+    pool = Processes(size, str(tmp_path_factory.mktemp("store") / "file"))
+    yield pool
+    pool.close()
+
+
+# Started once a module: what one test breaks, those of another do not see.
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    yield from _pool(2, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    yield from _pool(3, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    yield from _pool(4, tmp_path_factory)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from devices import device_of
 from oracle import assert_as_accurate, eager_logits
-from processes import Processes
 from test_linear_logps import make
 from test_parallel import vocabulary
 
@@ -183,13 +182,6 @@ def test_compiled(trained):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(3, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
-
-
 def _shared(tensors, trained, upstream, options):
     hidden, weight, bias, labels = tensors
     mine, spread = vocabulary(weight)
@@ -199,11 +191,11 @@ def _shared(tensors, trained, upstream, options):
 
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False)])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_shared_vocabulary(processes, head, trained):
+def test_a_shared_vocabulary(three, head, trained):
     tensors = make(24, 500, 32, torch.float32, bias=True)
     up = upstreams(tensors[3], "both")
     expected = gradients(ours, tensors, trained, up, **HEADS[head])
-    for got, mine in processes.run(_shared, tensors, trained, up, HEADS[head]):
+    for got, mine in three.run(_shared, tensors, trained, up, HEADS[head]):
         torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)
         for a, b in zip(got[1:], expected[1:], strict=True):
             torch.testing.assert_close(a, b[mine], rtol=1e-4, atol=1e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import device_of, of_processes
-from processes import Processes
 
 from fastdpo.backends import torch as torch_backend
 from fastdpo.loss import linear_logps
@@ -16,13 +15,6 @@ SHAPES = [(1, 300, 100), (2, 40, 512), (20, 300, 48), (17, 65, 896), (5, 2, 64),
 BACKENDS = ["torch", "triton"]
 # Interpreted, infinities make numpy talk.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(3, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def tied(shape, dtype, copies=2, seed=0):
@@ -142,12 +134,12 @@ def _shared(sizes, hidden, weight, bias, labels, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
-def test_equal_entries_of_several_processes(processes, dtype, backend):
+def test_equal_entries_of_several_processes(three, dtype, backend):
     """Ties go to the lowest entry of the whole vocabulary."""
     of_processes(backend)
     hidden, weight, bias, entries = tied((20, 300, 96), dtype, copies=3)
     for sizes in ((100, 100, 100), (7, 250, 43)):
         for place in range(3):
-            found = processes.run(_shared, sizes, hidden, weight, bias, entries[:, place], backend)
+            found = three.run(_shared, sizes, hidden, weight, bias, entries[:, place], backend)
             for each in found:
                 assert torch.equal(each, torch.full_like(each, place == 0))

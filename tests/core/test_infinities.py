@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from devices import device_of, of_processes
-from processes import Processes
 from test_parallel import vocabulary
 
 from fastdpo.loss import linear_logps
@@ -30,13 +29,6 @@ CASES = [
 CALLS = [(True, 0), (True, None), (False, None)]
 # Interpreted, infinities make numpy talk.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(3, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def by_definition(hidden, weight, bias, labels, upstream, logit_scale=1.0, softcap=None,
@@ -166,14 +158,14 @@ def _shared(tensors, backend, workspace, trained, upstream, head):
     [("torch", torch.float64), ("torch", torch.float16), ("triton", torch.float32)],
     ids=str,
 )
-def test_a_shared_vocabulary(processes, backend, dtype, head, workspace, trained, nothing):
+def test_a_shared_vocabulary(three, backend, dtype, head, workspace, trained, nothing):
     """Also where one process has nothing that can occur."""
     of_processes(backend)
     hidden, weight, bias, labels = make(dtype)
     if nothing:
         bias[:104] = -torch.inf
     upstream = torch.linspace(-1, 2, 6)
-    found = processes.run(
+    found = three.run(
         _shared, (hidden, weight, bias, labels), backend, workspace, trained, upstream, HEADS[head]
     )
     expected, exact = by_definition(hidden, weight, bias, labels, upstream, **HEADS[head])

@@ -25,7 +25,6 @@ from plain_model import (
     sgd,
     weights,
 )
-from processes import Processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -37,13 +36,6 @@ from fastdpo.loss import linear_dpo_loss, linear_logps
 from fastdpo.parallel import call_head
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def loss_at(given):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from test_linear_dpo_loss import batch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,13 +24,6 @@ from fastdpo.loss import (
 from fastdpo.parallel import VocabParallel, call_head
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(3, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def mesh_of_all():
@@ -80,11 +72,11 @@ def plain_logps(tensors, bias):
 
 @pytest.mark.parametrize("labels_too", [False, True], ids=["plain labels", "labels"])
 @pytest.mark.parametrize("shard", [True, False], ids=["sharded", "replicated"])
-def test_log_probabilities(processes, shard, labels_too):
+def test_log_probabilities(three, shard, labels_too):
     tensors = [t.detach() for t in batch()]
     bias = torch.randn(tensors[1].shape[0])
     values, grads = plain_logps(tensors, bias)
-    for found, found_grads in processes.run(logps_by, shard, labels_too, tensors, bias):
+    for found, found_grads in three.run(logps_by, shard, labels_too, tensors, bias):
         for a, b in zip((*found, *found_grads), (*values, *grads), strict=True):
             torch.testing.assert_close(a, b.detach(), atol=2e-5, rtol=1e-5)
 
@@ -116,15 +108,15 @@ OPTIONS = [{}, {"objective": "simpo"}, {"objective": ("sigmoid", "sft"), "averag
 
 @pytest.mark.parametrize("shard", [True, False], ids=["sharded", "replicated"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_loss(processes, options, shard):
-    check_loss(processes, options, shard)
+def test_the_loss(three, options, shard):
+    check_loss(three, options, shard)
 
 
-def test_the_loss_compiled(processes):
-    check_loss(processes, {}, True, compiled=True)
+def test_the_loss_compiled(three):
+    check_loss(three, {}, True, compiled=True)
 
 
-def check_loss(processes, options, shard, **how):
+def check_loss(three, options, shard, **how):
     tensors = [t.detach() for t in batch()]
     hidden, weight, labels, ref_hidden, ref_weight = tensors
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -132,7 +124,7 @@ def check_loss(processes, options, shard, **how):
     given = {} if options.get("objective") == "simpo" else ref
     expected = linear_dpo_loss(*leaves, labels, **given, **options)
     grads = torch.autograd.grad(expected.loss, leaves)
-    for found, found_grads in processes.run(loss_by, shard, tensors, options, **how):
+    for found, found_grads in three.run(loss_by, shard, tensors, options, **how):
         for a, b in zip((*found, *found_grads), (*expected, *grads), strict=True):
             torch.testing.assert_close(a, b.detach(), atol=2e-5, rtol=1e-5)
 
@@ -145,8 +137,8 @@ def equal_weights():
     return whole(out.loss).item() == torch.tensor(2.0).log().item()
 
 
-def test_equal_weights_give_ln_2_to_the_bit(processes):
-    assert all(processes.run(equal_weights))
+def test_equal_weights_give_ln_2_to_the_bit(three):
+    assert all(three.run(equal_weights))
 
 
 def liger(tensors, shard):
@@ -169,8 +161,8 @@ def liger(tensors, shard):
 
 
 @pytest.mark.parametrize("shard", [True, False], ids=["sharded", "replicated"])
-def test_ligers_module(processes, shard):
-    processes.run(liger, [t.detach() for t in batch()], shard)
+def test_ligers_module(three, shard):
+    three.run(liger, [t.detach() for t in batch()], shard)
 
 
 # ---- Tensor parallelism's own hooks, and the ways out of what is ambiguous
@@ -190,13 +182,13 @@ def colwise(tensors):
     return logps.to_local().detach(), leaf.grad, head.weight.grad.full_tensor()
 
 
-def test_a_head_of_tensor_parallelism(processes):
+def test_a_head_of_tensor_parallelism(three):
     tensors = [t.detach() for t in batch()]
     hidden, weight, labels, *_ = tensors
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     logps = linear_logps(*leaves, labels)
     grads = torch.autograd.grad(logps.sum(), leaves)
-    for found in processes.run(colwise, tensors):
+    for found in three.run(colwise, tensors):
         for a, b in zip(found, (logps.detach(), *grads), strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
@@ -225,8 +217,8 @@ def ways_out(tensors):
     torch.testing.assert_close(found[0], leaf.grad / dist.get_world_size())
 
 
-def test_the_ways_out(processes):
-    processes.run(ways_out, [t.detach() for t in batch()])
+def test_the_ways_out(three):
+    three.run(ways_out, [t.detach() for t in batch()])
 
 
 # ---- What is refused
@@ -290,5 +282,5 @@ def refusals(tensors):
             linear_logps(replicated, uneven, labels)
 
 
-def test_bad_input(processes):
-    processes.run(refusals, [t.detach() for t in batch()])
+def test_bad_input(three):
+    three.run(refusals, [t.detach() for t in batch()])

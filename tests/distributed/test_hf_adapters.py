@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from sampling import sampled
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,13 +29,6 @@ TARGETS = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 }
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def adapted(kind):

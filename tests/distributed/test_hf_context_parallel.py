@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from training import BETA, RATE, STEPS, VOCAB, assert_right, eager_loss, pair, sgd, weights
@@ -15,13 +14,6 @@ from fastdpo.parallel import SequenceParallel
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
 LENGTH = 12
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 class _Gathered(torch.autograd.Function):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processes import Processes
 from sampling import sampled
 from torch.nn.parallel import DistributedDataParallel
 from training import (
@@ -27,13 +26,6 @@ from training import (
 )
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def made(tied=False):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from training import (
     RATE,
     STEPS,
@@ -27,13 +26,6 @@ pytest.importorskip(
     reason="needs deepspeed (pip install --no-deps --no-build-isolation deepspeed, and what it "
     "imports: hjson py-cpuinfo msgpack einops pydantic)",
 )
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def frozen(model):

@@ -7,7 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from sampling import sampled
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -29,20 +28,6 @@ from training import (
 from fastdpo.integrations import hf
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    pool = Processes(4, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 # What is one unit of fully_shard beside each layer, and when it is resharded.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from torch.nn.parallel import DistributedDataParallel
 from training import BETA, RATE, STEPS, assert_right, batch, mean, pair, sgd, weights
 
@@ -14,13 +13,6 @@ from fastdpo.parallel import DataParallel, batch_counts
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
 OBJECTIVE = {"objective": {"sigmoid": 1.0, "sft": 0.5}, "beta": BETA}
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def some(whole, start, stop):

@@ -9,7 +9,6 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from torch.distributed.fsdp import FSDPModule
 from training import (
     BETA,
@@ -30,20 +29,6 @@ from training import (
 from fastdpo.integrations import hf
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    pool = Processes(4, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 # ---- transformers.Trainer, whose DDP looks for unused parameters

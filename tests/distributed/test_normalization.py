@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from plain_model import STEPS, Model, assert_right, batch, mean, pairs_of, sgd, weights
-from processes import Processes
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,20 +17,6 @@ from fastdpo.loss import linear_dpo_loss
 from fastdpo.parallel import DataParallel, SequenceParallel, batch_counts, call_head
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    pool = Processes(4, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 PAIRS, LENGTH, WIDTH, VOCAB = 4, 9, 12, 40

@@ -1,4 +1,4 @@
-"""A vocabulary or a sequence shared by several processes: the same numbers as one process finds."""
+"""A vocabulary or a sequence shared by several three: the same numbers as one process finds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_as_accurate, eager_logps
-from processes import Processes
 from test_linear_dpo_loss import batch
 from test_linear_logps import HEADS, make
 
@@ -15,13 +14,6 @@ from fastdpo.parallel import SequenceParallel, VocabParallel
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(3, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def shares(vocab):
@@ -54,10 +46,10 @@ def logps_and_gradients(tensors, head, trained, *, over=None, **options):
     return logps.detach(), torch.autograd.grad(logps, wanted, upstream)
 
 
-def check(processes, tensors, head=None, trained=(True, True, True), slack=1.0, **options):
+def check(three, tensors, head=None, trained=(True, True, True), slack=1.0, **options):
     hidden, weight, bias, labels = tensors
     head = head or {}
-    found = processes.run(logps_and_gradients, tensors, head, trained, **options)
+    found = three.run(logps_and_gradients, tensors, head, trained, **options)
     for logps, grads in found[1:]:
         assert torch.equal(logps, found[0][0])
         if trained[0]:
@@ -87,26 +79,26 @@ def check(processes, tensors, head=None, trained=(True, True, True), slack=1.0, 
 @pytest.mark.parametrize("workspace", [0, 20_000, None])
 @pytest.mark.parametrize("head", ["plain", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_and_gradients(processes, dtype, head, workspace):
+def test_values_and_gradients(three, dtype, head, workspace):
     options = dict(HEADS[head])
     tensors = make(21, 1700, 24, dtype, bias=options.pop("bias", False))
-    check(processes, tensors, options, workspace_bytes=workspace)
+    check(three, tensors, options, workspace_bytes=workspace)
 
 
 @pytest.mark.parametrize(
     "trained", [(True, False, False), (False, True, True), (True, False, True)], ids=str
 )
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_frozen_parts(processes, dtype, trained):
+def test_frozen_parts(three, dtype, trained):
     tensors = make(21, 1700, 24, dtype, bias=True)
-    check(processes, tensors, {"softcap": 4.0}, trained)
+    check(three, tensors, {"softcap": 4.0}, trained)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False)])
 @pytest.mark.parametrize("workspace", [0, None])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_unlikely_and_certain_labels(processes, dtype, workspace, trained, backend):
+def test_unlikely_and_certain_labels(three, dtype, workspace, trained, backend):
     """Labels 200 below or 60 above all others: the processes then use different anchors."""
     if backend == "triton":
         pytest.importorskip("triton")
@@ -117,20 +109,20 @@ def test_unlikely_and_certain_labels(processes, dtype, workspace, trained, backe
     # The interpreter cuts bf16 off.
     slack = 2.0 if backend == "triton" and dtype == torch.bfloat16 else 1.0
     check(
-        processes, (hidden, weight, bias.to(dtype), labels), None, trained, slack,
+        three, (hidden, weight, bias.to(dtype), labels), None, trained, slack,
         workspace_bytes=workspace, backend=backend,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("ignored", [0.0, 2.0])
 @pytest.mark.parametrize("n", [0, 1])
-def test_few_rows(processes, n, ignored):
-    check(processes, make(n, 130, 16, torch.bfloat16, bias=True, ignored=ignored))
+def test_few_rows(three, n, ignored):
+    check(three, make(n, 130, 16, torch.bfloat16, bias=True, ignored=ignored))
 
 
-def test_many_blocks_of_rows(processes):
+def test_many_blocks_of_rows(three):
     """As many in every process, though their shares differ."""
-    processes.run(_with_small_blocks)
+    three.run(_with_small_blocks)
 
 
 def _with_small_blocks():
@@ -141,20 +133,18 @@ def _with_small_blocks():
     torch.testing.assert_close(logps, linear_logps(tensors[0], tensors[1], tensors[3]))
 
 
-def test_each_process_may_keep_its_part_of_hiddens_gradient(processes):
+def test_each_process_may_keep_its_part_of_hiddens_gradient(three):
     tensors = make(21, 500, 24, torch.float32)
     trained = (True, False, False)
-    whole = processes.run(logps_and_gradients, tensors, {}, trained)[0][1][0]
-    parts = processes.run(
-        logps_and_gradients, tensors, {}, trained, over={"reduce_hidden_grad": False}
-    )
+    whole = three.run(logps_and_gradients, tensors, {}, trained)[0][1][0]
+    parts = three.run(logps_and_gradients, tensors, {}, trained, over={"reduce_hidden_grad": False})
     parts = [grads[0] for _, grads in parts]
     assert not torch.allclose(parts[0], whole)
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_a_process_alone_computes_the_same_bits(processes):
-    processes.run(_alone)
+def test_a_process_alone_computes_the_same_bits(three):
+    three.run(_alone)
 
 
 def _alone():
@@ -173,14 +163,14 @@ def _alone():
 
 @pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("far", [False, True])
-def test_statistics(processes, softcap, far):
+def test_statistics(three, softcap, far):
     tensors = make(20, 300, 24, torch.float32, bias=True)
     if far:
         tensors[2][tensors[3][tensors[3] >= 0][:4]] = -300.0
         tensors[0].mul_(0.1)
     head = {"softcap": softcap, "logit_scale": 1.2, "temperature": 0.9}
     expected = linear_logps(*tensors[:2], tensors[3], bias=tensors[2], stats=STATS, **head)
-    for found in processes.run(_statistics, tensors, head):
+    for found in three.run(_statistics, tensors, head):
         for name, a, b in zip(expected._fields, found, expected, strict=True):
             torch.testing.assert_close(a, b, msg=name, rtol=1e-5, atol=2e-5)
 
@@ -200,14 +190,14 @@ def _statistics(tensors, head):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("options", [{}, {"objective": "ipo"}, {"use_weighting": True}], ids=str)
-def test_the_loss_of_a_shared_vocabulary(processes, options, compiled):
+def test_the_loss_of_a_shared_vocabulary(three, options, compiled):
     tensors = [t.detach() for t in batch()]
     hidden, weight, labels, ref_hidden, ref_weight = tensors
     leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     ref = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}
     whole = linear_dpo_loss(*leaves, labels, **ref, **options)
     grads = torch.autograd.grad(whole.loss, leaves)
-    found = processes.run(_shared_vocabulary_loss, tensors, options, compiled)
+    found = three.run(_shared_vocabulary_loss, tensors, options, compiled)
     for output, (grad_hidden, _) in found:
         for a, b in zip(output, whole, strict=True):
             torch.testing.assert_close(a, b.detach(), atol=1e-5, rtol=1e-5)
@@ -234,8 +224,8 @@ def _shared_vocabulary_loss(tensors, options, compiled):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_equal_weights_give_ln_2_to_the_bit(processes, dtype):
-    assert all(processes.run(_loss_at_initialisation, dtype))
+def test_equal_weights_give_ln_2_to_the_bit(three, dtype):
+    assert all(three.run(_loss_at_initialisation, dtype))
 
 
 def _loss_at_initialisation(dtype):
@@ -262,7 +252,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_shared_sequence(processes, name, compiled):
+def test_a_shared_sequence(three, name, compiled):
     tensors = [t.detach() for t in batch()]
     reference = name != "simpo"
     hidden, weight, labels, ref_hidden, ref_weight = tensors
@@ -270,7 +260,7 @@ def test_a_shared_sequence(processes, name, compiled):
     ref = {"ref_hidden": ref_hidden, "ref_weight": ref_weight} if reference else {}
     whole = linear_dpo_loss(*leaves, labels, **ref, **OBJECTIVES[name])
     grads = torch.autograd.grad(whole.loss, leaves)
-    found = processes.run(_shared_sequence_loss, tensors, reference, OBJECTIVES[name], compiled)
+    found = three.run(_shared_sequence_loss, tensors, reference, OBJECTIVES[name], compiled)
     for output, _ in found:
         for a, b in zip(output, whole, strict=True):
             torch.testing.assert_close(a, b.detach(), atol=1e-5, rtol=1e-5)
@@ -297,8 +287,8 @@ def _shared_sequence_loss(tensors, reference, options, compiled):
     return [t.detach() for t in output], torch.autograd.grad(output.loss, leaves)
 
 
-def test_the_operator(processes):
-    processes.run(_opcheck)
+def test_the_operator(three):
+    three.run(_opcheck)
 
 
 def _opcheck():
@@ -309,8 +299,8 @@ def _opcheck():
 # ---- Bad input
 
 
-def test_bad_input(processes):
-    processes.run(_refusals)
+def test_bad_input(three):
+    three.run(_refusals)
 
 
 def _refusals():

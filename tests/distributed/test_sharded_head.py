@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from oracle import assert_as_accurate, eager_logps
 from plain_model import BETA, STEPS, Model, assert_right, batch, mean, pairs_of, sgd, weights
-from processes import Processes
 from test_linear_logps import HEADS
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,20 +25,6 @@ from fastdpo.parallel import (
 )
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    pool = Processes(4, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 VOCAB, WIDTH = 301, 16

@@ -12,7 +12,6 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 from sampling import sampled
 from torch.distributed.fsdp import FSDPModule
 from training import weights
@@ -23,13 +22,6 @@ pytestmark = [
 ]
 pytest.importorskip("trl", "1.16", reason="needs trl 1.16, and that Python 3.11")
 pytest.importorskip("datasets", reason="needs datasets")
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 ENVIRONMENT = {

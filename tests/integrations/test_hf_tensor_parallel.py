@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_models import batch, build
-from processes import Processes
 
 from fastdpo.integrations import hf
 
@@ -13,13 +12,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on 
 
 VOCAB = 54  # transformers asks for whole shares
 FAMILIES = ["Llama", "Qwen2", "Gemma2", "Cohere", "Phi"]
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 @pytest.fixture

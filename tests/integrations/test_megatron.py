@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 
 from fastdpo.integrations.megatron import dpo_loss, token_logps
 from fastdpo.loss import logits_dpo_loss
@@ -164,13 +163,6 @@ def test_another_forward_of_the_layer_is_put_back():
 
 
 # ---- Processes that share
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 class _Gather(torch.autograd.Function):

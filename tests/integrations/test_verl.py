@@ -10,7 +10,6 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
 
 from fastdpo.integrations import verl
 from fastdpo.integrations.verl import linear_cross_entropy
@@ -58,13 +57,6 @@ def test_the_entropys_gradient_is_right_or_an_error():
 
 
 # ---- Processes that share a vocabulary
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    pool = Processes(2, str(tmp_path_factory.mktemp("store") / "file"))
-    yield pool
-    pool.close()
 
 
 def _shared():
