@@ -19,9 +19,11 @@ from torch import Tensor
 from benchmarks.inputs import BETA
 from benchmarks.measure import synchronize
 from benchmarks.step import data, models
-from fastdpo.data import PairCollator
+from fastdpo.data import PairCollator, micro_batches
 
 LEARNING_RATE = 5e-5
+# Of a part, where there is a budget: on a CPU a row at a time costs least.
+MAX_TOKENS = {"cpu": 512, "cuda": 16_384}
 
 
 @dataclass
@@ -31,6 +33,9 @@ class Run:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     reference_seconds: float | None = None  # of all steps, where it was computed before them
+
+
+Parts = Callable[[int], list[list[dict[str, Any]]]]  # of a step's pairs
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,10 @@ class Job:
         return self.examples[step * self.batch_size : (step + 1) * self.batch_size]
 
 
-def ours(layout: str, reference_once: bool) -> Callable[[Job], Run]:
+def ours(layout: str, reference_once: bool, budget: bool = False) -> Callable[[Job], Run]:
     """A plain loop over `fastdpo.integrations.hf.dpo_loss`. The reference's log-probabilities are
-    computed in every step, or once before the first, in the same batches.
+    computed in every step, or once before the first. With a budget of tokens a step's pairs are cut
+    into parts of like lengths.
     """
 
     def loop(job: Job) -> Run:
@@ -62,28 +68,38 @@ def ours(layout: str, reference_once: bool) -> Callable[[Job], Run]:
         collator = PairCollator(data.PAD, layout, attention=attention)
         policy, reference = _models(job, attention)
         run, ref_model = Run(), reference
+
+        def parts(step: int) -> list[list[dict[str, Any]]]:
+            pairs = job.batch(step)
+            if not budget:
+                return [pairs]
+            longest = max(collator.tokens_in([collator.length_of(pair)]) for pair in pairs)
+            most = max(longest, MAX_TOKENS[job.device.type])
+            return micro_batches(pairs, collator, most)
+
         if reference_once:
-            run.reference_seconds = _ask_reference(job, reference, collator)
+            run.reference_seconds = _ask_reference(job, reference, collator, parts)
             ref_model = reference = None
 
         def loss_of(batch: dict[str, Any]) -> Tensor:
-            return hf.dpo_loss(policy, batch, ref_model, beta=BETA).loss
+            pairs = job.batch_size
+            return hf.dpo_loss(policy, batch, ref_model, beta=BETA, num_pairs=pairs).loss
 
-        return _plain_loop(job, policy, collator, run, loss_of)
+        return _plain_loop(job, policy, collator, run, loss_of, parts)
 
     return loop
 
 
-def _ask_reference(job: Job, reference: Any, collator: PairCollator) -> float:
+def _ask_reference(job: Job, reference: Any, collator: PairCollator, parts: Parts) -> float:
     """Writes the reference's log-probabilities into the examples; the seconds that it took."""
     from fastdpo.integrations import hf
 
     start = time.perf_counter()
-    for step in range(job.steps):
+    for part in (part for step in range(job.steps) for part in parts(step)):
         with torch.no_grad(), _autocast(job.device):
-            logps = hf.sequence_logps(reference, **_on(job.device, collator(job.batch(step))))
+            logps = hf.sequence_logps(reference, **_on(job.device, collator(part)))
         chosen, rejected = (half.tolist() for half in logps.chunk(2))
-        for example, a, b in zip(job.batch(step), chosen, rejected, strict=True):
+        for example, a, b in zip(part, chosen, rejected, strict=True):
             example |= {"ref_chosen_logps": a, "ref_rejected_logps": b}
     return time.perf_counter() - start
 
@@ -102,20 +118,24 @@ def _plain_loop(
     collator: PairCollator,
     run: Run,
     loss_of: Callable[[dict[str, Any]], Tensor],
+    parts: Parts | None = None,
 ) -> Run:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     for step in range(job.steps):
         synchronize(job.device)
         start = time.perf_counter()
-        batch = _on(job.device, collator(job.batch(step)))
-        with _autocast(job.device):
-            loss = loss_of(batch)
-        loss.backward()
+        total = 0.0
+        for part in [job.batch(step)] if parts is None else parts(step):
+            batch = _on(job.device, collator(part))
+            with _autocast(job.device):
+                loss = loss_of(batch)
+            loss.backward()
+            total = total + loss.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         synchronize(job.device)
         run.seconds.append(time.perf_counter() - start)
-        run.losses.append(loss.item())
+        run.losses.append(float(total))
     return run
 
 
@@ -257,8 +277,11 @@ LOOPS: dict[str, Loop] = {
     "reference-once": Loop(ours("padded", True), "and the reference computed once"),
     "packed": Loop(ours("packed", True), "and rows without padding"),
     "shared-prompts": Loop(ours("shared_prompts", True), "and each prompt once for both answers"),
+    "token-budget": Loop(
+        ours("shared_prompts", True, budget=True), "and parts of like lengths, to a budget"
+    ),
 }
-WATERFALL = ("fastdpo", "reference-once", "packed", "shared-prompts")
+WATERFALL = ("fastdpo", "reference-once", "packed", "shared-prompts", "token-budget")
 
 
 def absent(name: str) -> str | None:

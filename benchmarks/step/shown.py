@@ -22,6 +22,7 @@ _STYLES = {
     "reference-once": ("-", OURS, 2.0),
     "packed": ("-", OURS, 1.2),
     "shared-prompts": ("-", OURS, 0.8),
+    "token-budget": ("-", OURS, 0.5),
 }
 
 

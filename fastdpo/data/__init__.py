@@ -11,7 +11,7 @@ truncate             a prompt and its answers to a length
 
 from .collator import CompletionCollator, PairCollator, RankingCollator
 from .prepare import prepare
-from .sampler import TokenBudgetSampler
+from .sampler import TokenBudgetSampler, micro_batches
 from .truncation import truncate
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "PairCollator",
     "RankingCollator",
     "TokenBudgetSampler",
+    "micro_batches",
     "prepare",
     "truncate",
 ]

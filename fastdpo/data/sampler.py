@@ -66,14 +66,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.collator, self.budget = collator, max_tokens_per_batch
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.num_replicas, self.rank = num_replicas, rank
-        self.lengths = [collator.length_of(examples[i]) for i in range(len(examples))]
-        for i, length in enumerate(self.lengths):
-            tokens = collator.tokens_in([length])
-            if tokens > max_tokens_per_batch:
-                raise ValueError(
-                    f"max_tokens_per_batch should be at least {tokens}, which examples[{i}] has by "
-                    f"itself, got {max_tokens_per_batch} (or give the collator a max_length)"
-                )
+        self.lengths = _lengths(examples, collator, max_tokens_per_batch)
         self.epoch = self._done = 0
         self._batches: tuple[int, list[list[int]]] | None = None
 
@@ -160,23 +153,69 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return batches + [batches[i % len(batches)] for i in range(missing)]
 
     def _filled(self, order: Sequence[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        for i in order:
-            if batch and self._tokens([*batch, i]) > self.budget:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
-    def _tokens(self, batch: Sequence[int]) -> int:
-        return self.collator.tokens_in([self.lengths[i] for i in batch])
+        return _filled(order, self.lengths, self.collator, self.budget)
 
     def _length(self, i: int) -> int:
         return self.collator.tokens_in([self.lengths[i]])
 
     def _mean(self) -> int:
         return sum(map(self._length, range(len(self.lengths)))) // max(1, len(self.lengths))
+
+
+def micro_batches(
+    examples: Sequence[Example],
+    collator: Collator,
+    max_tokens_per_batch: int,
+) -> list[list[Example]]:
+    """The examples of one optimizer's step in parts of like lengths, the longest first, each of at
+    most so many tokens, padding included.
+
+        for part in micro_batches(examples, collate, 4096):
+            dpo_loss(model, collate(part), num_pairs=len(examples)).loss.backward()
+
+    has the gradient of the whole batch, and the memory and the padding of a part.
+
+    Raises:
+        ValueError: naming the argument; an example that alone exceeds the budget.
+    """
+    _whole("max_tokens_per_batch", max_tokens_per_batch, 1)
+    lengths = _lengths(examples, collator, max_tokens_per_batch)
+    order = sorted(range(len(lengths)), key=lambda i: -collator.tokens_in([lengths[i]]))
+    parts = _filled(order, lengths, collator, max_tokens_per_batch)
+    return [[examples[i] for i in part] for part in parts]
+
+
+Length = tuple[int, tuple[int, ...]]  # of a prompt, and of its answers
+
+
+def _lengths(examples: Sequence[Example], collator: Collator, budget: int) -> list[Length]:
+    """
+    Raises:
+        ValueError: an example by itself exceeds the budget.
+    """
+    lengths = [collator.length_of(examples[i]) for i in range(len(examples))]
+    for i, length in enumerate(lengths):
+        tokens = collator.tokens_in([length])
+        if tokens > budget:
+            raise ValueError(
+                f"max_tokens_per_batch should be at least {tokens}, which examples[{i}] has by "
+                f"itself, got {budget} (or give the collator a max_length)"
+            )
+    return lengths
+
+
+def _filled(
+    order: Sequence[int], lengths: Sequence[Length], collator: Collator, budget: int
+) -> Iterator[list[int]]:
+    """In this order, as many as fit."""
+    batch: list[int] = []
+    for i in order:
+        if batch and collator.tokens_in([lengths[j] for j in (*batch, i)]) > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _whole(name: str, value: object, at_least: int) -> None:

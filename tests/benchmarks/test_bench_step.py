@@ -76,7 +76,7 @@ def test_loss_curves_coincide():
     assert rows[1]["losses"][-1] != rows[1]["losses"][0]  # it trains
     assert all(r["largest_loss_difference"] < 1e-4 for r in rows)
     once = {r["provider"] for r in rows if r["reference_seconds"] is not None}
-    assert once == {"reference-once", "packed", "shared-prompts"}
+    assert once == {"reference-once", "packed", "shared-prompts", "token-budget"}
 
 
 def test_rows_documents_and_plot(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fastdpo.data import PairCollator, TokenBudgetSampler
+from fastdpo.data import PairCollator, TokenBudgetSampler, micro_batches
 
 LAYOUTS = ("padded", "packed", "shared_prompts")
 
@@ -136,3 +136,17 @@ def test_in_a_data_loader():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         sampler(**options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches(layout):
+    data, collator = examples(40), PairCollator(0, layout)
+    parts = micro_batches(data, collator, 300)
+    assert sorted(id(e) for part in parts for e in part) == sorted(map(id, data))
+    tokens = [collator(part)["input_ids"].numel() for part in parts]
+    assert max(tokens) <= 300
+    longest = [max(collator(part)["input_ids"].shape[1] for _ in part) for part in parts]
+    assert longest == sorted(longest, reverse=True)
+    assert micro_batches([], collator, 300) == []
+    with pytest.raises(ValueError, match="max_tokens_per_batch should be at least"):
+        micro_batches(data, collator, 30)
