@@ -6,6 +6,7 @@ PairCollator         examples of these to a batch: padded, packed, or with share
 RankingCollator      the same of K answers to a prompt
 CompletionCollator   the same of single answers
 TokenBudgetSampler   which examples make a batch: as many as fill a budget of tokens
+micro_batches        a step's examples in parts to such a budget
 truncate             a prompt and its answers to a length
 """
 
