@@ -31,6 +31,10 @@ def _median(row: dict[str, Any]) -> float:
     return row["seconds"]["median"]
 
 
+def _pairs_per_second(row: dict[str, Any]) -> float:
+    return row["pairs_per_second"]
+
+
 ROWS = (
     Figure(
         "counted",
@@ -89,10 +93,6 @@ def table(docs: dict[str, dict[str, Any]]) -> str:
     ]
     lines += [_line(figure, docs[figure.document]) for figure in ROWS if figure.document in docs]
     return "\n".join(lines)
-
-
-def _pairs_per_second(row: dict[str, Any]) -> float:
-    return row["pairs_per_second"]
 
 
 def _line(figure: Figure, doc: dict[str, Any]) -> str:
