@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,15 @@ from ..core import checks
 from ..data import PairCollator, TokenBudgetSampler
 from ..data.layouts import LAYOUTS
 from ..data.truncation import truncate
+from ..data.reference import reference_logps
 from .packing import PACKED_IDS, attention_of
+from .reference import BASE, REF_ADAPTER
 from .trl import patched
-from .unwrap import causal_lm
+from .unwrap import causal_lm, peft_model
 
 __all__ = ["FastDPOConfig", "FastDPOTrainer"]
+
+_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass
@@ -50,6 +55,14 @@ class FastDPOConfig(DPOConfig):
             "help": "Fill each process's training batches with pairs of like lengths to this many "
             "tokens, padding included, in place of per_device_train_batch_size pairs. Each pair "
             "weighs the same in an optimizer's step, over processes and accumulated batches."
+        },
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder for the log-probabilities that precompute_ref_log_probs computes "
+            "(fastdpo.data.reference_logps): continued after a kill, used again by later runs, and "
+            "refused where the model, the data or the layout is another. In one process."
         },
     )
 
@@ -125,9 +138,44 @@ class FastDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._lay_out()
-        if {"ref_chosen_logps", "ref_rejected_logps"} <= set(dataset.column_names):
+        if set(_REFERENCE) <= set(dataset.column_names):
             return dataset
-        return super()._precompute_ref_logps(dataset, name, batch_size)
+        if self.args.reference_cache is None:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        model: Any = self.model if self.ref_model is None else self.ref_model
+        peft = peft_model(model) if self.ref_model is None else None
+        adapter = None
+        if peft is not None:
+            adapter = REF_ADAPTER if REF_ADAPTER in peft.peft_config else BASE
+        known = reference_logps(
+            self.accelerator.unwrap_model(model).to(self.args.device),
+            dataset,
+            self._collator(),
+            Path(self.args.reference_cache) / name,
+            max_tokens_per_batch=self._budget or 16_384,
+            ref_adapter=adapter,
+            autocast=self._autocast_dtype(),
+            progress=not self.args.disable_tqdm,
+        )
+        for key in _REFERENCE:
+            dataset = dataset.add_column(key, known[key][:])
+        return dataset
+
+    def _autocast_dtype(self) -> torch.dtype | None:
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else None
+
+    def _collator(self) -> PairCollator:
+        """That counts tokens, and computes the reference: TRL's own as ours where that is padded."""
+        theirs: Any = self.data_collator
+        options = {
+            "max_length": theirs.max_length,
+            "truncation_mode": theirs.truncation_mode,
+            "pad_to_multiple_of": theirs.pad_to_multiple_of or 1,
+        }
+        attention = getattr(theirs, "attention", "sdpa")
+        return PairCollator(theirs.pad_token_id, self.layout, attention=attention, **options)
 
     # ---- A budget of tokens
 
@@ -135,19 +183,10 @@ class FastDPOTrainer(DPOTrainer):
         if self._budget is None:
             return super().get_train_dataloader()
         args, dataset = self.args, self.train_dataset
-        collator: Any = self.data_collator
-        counted: PairCollator = collator
-        if self.layout == "padded":
-            counted = PairCollator(
-                collator.pad_token_id,
-                max_length=collator.max_length,
-                truncation_mode=collator.truncation_mode,
-                pad_to_multiple_of=collator.pad_to_multiple_of or 1,
-            )
         self._set_signature_columns_if_needed()
         sampler = TokenBudgetSampler(
             dataset,  # type: ignore[arg-type]
-            counted,
+            self._collator(),
             self._budget,
             seed=args.seed if args.data_seed is None else args.data_seed,
             num_replicas=args.world_size,
@@ -158,7 +197,7 @@ class FastDPOTrainer(DPOTrainer):
         return _Loader(
             self._remove_unused_columns(dataset, description="training"),
             batch_sampler=sampler,
-            collate_fn=collator,
+            collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -245,6 +284,8 @@ def _check(config: FastDPOConfig, given: Mapping[str, Any]) -> None:
         if config.train_sampling_strategy != "random":
             should = "'random' with max_tokens_per_batch, which orders the pairs itself"
             checks.fail("train_sampling_strategy", should, repr(config.train_sampling_strategy))
+    if config.reference_cache is not None and not config.precompute_ref_log_probs:
+        checks.fail("precompute_ref_log_probs", "True with reference_cache", False)
     if config.layout == "padded":
         return
     with_layout = f"with layout={config.layout!r}"

@@ -146,6 +146,32 @@ def test_a_data_set_that_has_its_reference(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "padded"])
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_reference_that_is_kept(kind, layout, tmp_path, monkeypatch):
+    options = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "kept")}
+    config = adapter_config() if kind == "adapter" else None
+
+    def made(**further):
+        return fast(tmp_path, model(), layout, peft_config=config, **{**options, **further})
+
+    first = made()
+    expected = fast(tmp_path, model(), layout, peft_config=config, precompute_ref_log_probs=True)
+    for key in ("ref_chosen_logps", "ref_rejected_logps"):
+        assert first.train_dataset[key] == pytest.approx(expected.train_dataset[key], abs=1e-5)
+    base = train(tmp_path, model(), False, peft_config=config, precompute_ref_log_probs=True)
+    compared(ran(first), base, without=("num_tokens",))
+    # A later run computes nothing; one with another model is told so.
+    from fastdpo.data import reference
+
+    monkeypatch.setattr(reference, "_fill", pytest.fail)
+    again = made()
+    assert again.train_dataset["ref_chosen_logps"] == first.train_dataset["ref_chosen_logps"]
+    other = disturbed(model())
+    with pytest.raises(ValueError, match="weights"):
+        fast(tmp_path, other, layout, **options)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "padded"])
 def test_a_budget_of_tokens(layout, tmp_path):
     options = {"max_steps": -1, "num_train_epochs": 2, "max_tokens_per_batch": 60}
     trainer = fast(tmp_path, model(), layout, disturbed(model()), **options)
@@ -230,6 +256,7 @@ class TestRefused:
             ({"layout": "ragged"}, "layout should be one of"),
             ({"padding_free": True}, "padding_free should be False with layout='shared_prompts'"),
             ({"remove_unused_columns": False}, "remove_unused_columns should be True"),
+            ({"reference_cache": "x"}, "precompute_ref_log_probs should be True with reference_"),
             ({"max_tokens_per_batch": 0}, "max_tokens_per_batch should be a positive integer"),
             (
                 {"max_tokens_per_batch": 99, "train_sampling_strategy": "sequential"},
