@@ -70,7 +70,7 @@ ROWS = (
         None,
         _pairs_per_second,
         "{:.2f}".format,
-        ours="token-budget",
+        ours="shared-prompts",
         most=True,
     ),
     Figure(
@@ -79,7 +79,7 @@ ROWS = (
         None,
         _pairs_per_second,
         "{:.2f}".format,
-        ours="token-budget",
+        ours="shared-prompts",
         most=True,
     ),
 )
