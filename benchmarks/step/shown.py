@@ -115,9 +115,10 @@ def markdown(doc: dict[str, Any]) -> str:
 
 def plot(doc: dict[str, Any], path: Path) -> None:
     """What each part is worth, and the loss curves, over one another where they coincide."""
-    figure, (parts, curves) = plt.subplots(1, 2, figsize=(10.5, 3.6))
+    figure, (parts, curves) = plt.subplots(1, 2, figsize=(12.5, 3.8))
     _waterfall(doc, parts)
-    for r in doc["results"]:
+    # Ours first: the others lie over it, where they coincide.
+    for r in sorted(doc["results"], key=lambda r: r["provider"] not in WATERFALL):
         if r["status"] == "ok":
             style, colour, width = _STYLES[r["provider"]]
             curves.plot(r["losses"], style, color=colour, lw=width, label=r["provider"])
@@ -145,10 +146,10 @@ def _waterfall(doc: dict[str, Any], axis: Any) -> None:
         before = value if ours else 0.0
     labels = [LOOPS[name].summary if name in WATERFALL else name for name in names]
     axis.set_xticks(range(len(names)), [_wrapped(text) for text in labels], fontsize=7)
-    axis.set_ylabel("pairs per second, × the faster of eager and TRL")
+    axis.set_ylabel("pairs per second,\n× the faster of eager and TRL", fontsize=8)
     axis.grid(axis="y", alpha=0.3)
     axis.margins(y=0.12)
 
 
 def _wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(text.partition(":")[2].strip() or text, 16))
+    return "\n".join(textwrap.wrap(text.partition(":")[2].strip() or text, 13))
