@@ -115,7 +115,9 @@ def run(options: argparse.Namespace, console: Console | None = None) -> None:
             f"{time.perf_counter() - start:.0f} s."
         )
     console.print(
-        f"{said}\nTo train: fastdpo.data.load_reference({str(options.out)!r})", markup=False
+        f"{said}\nTo train: fastdpo.data.load_reference({str(options.out)!r})",
+        markup=False,
+        soft_wrap=True,
     )
 
 

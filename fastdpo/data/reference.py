@@ -102,6 +102,7 @@ def reference_logps(
             number, naming the example (what was computed until then stays).
         UnsupportedModel: a ValueError; see `fastdpo.integrations.hf.sequence_logps`.
     """
+    _needs_datasets()
     _alone()
     folder = Folder(out)
     folder.check("out")
@@ -186,6 +187,7 @@ def load_reference(
         ValueError: the folder holds no reference, or an unfinished one, or differs, naming every
             part that does.
     """
+    _needs_datasets()
     manifest = _finished(folder)
     here: keys.Key = {}
     if collator is not None:
@@ -232,6 +234,14 @@ def reference_batches(folder: str | os.PathLike[str]) -> list[list[int]]:
 
 
 # ---- Checks
+
+
+def _needs_datasets() -> None:
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        message = "a reference is kept by datasets: pip install 'fastdpo[data]'"
+        raise ImportError(message) from error
 
 
 def _alone() -> None:

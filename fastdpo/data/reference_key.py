@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor, nn
 
 from .. import __version__
@@ -85,7 +84,7 @@ def weights_hash(model: nn.Module, ref_adapter: str | None) -> str:
 
     The model without its adapters has the hash of the model before it had any.
     """
-    digest = xxhash.xxh3_128()
+    digest = _digest()
     for name, tensor in sorted(_tensors(model, ref_adapter), key=lambda item: item[0]):
         _add(digest, name, tensor)
     return digest.hexdigest()
@@ -140,7 +139,7 @@ class DataHash:
     """Over the ids of all examples, as they are after truncation."""
 
     def __init__(self) -> None:
-        self._digest = xxhash.xxh3_128()
+        self._digest = _digest()
 
     def add(self, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> None:
         for ids in (prompt, *answers):
@@ -176,19 +175,30 @@ def batches_part(batches: Iterable[Sequence[int]]) -> Key:
 
 
 def _hashed(value: Any) -> str:
-    return xxhash.xxh3_128(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    digest = _digest()
+    digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _digest() -> Any:
+    import xxhash  # which datasets needs
+
+    return xxhash.xxh3_128()
 
 
 # ---- What can be shown
 
 
 def _adapter_config(model: nn.Module, ref_adapter: str | None) -> Key | None:
-    """Without the adapter's name, which no number depends on."""
+    """Without what no number depends on: its name, where it came from, how it was initialised."""
     peft = peft_model(model)
     if peft is None or ref_adapter in (None, BASE):
         return None
     own = peft.peft_config[ref_adapter].to_dict()
-    ignored = ("base_model_name_or_path", "inference_mode", "revision", "peft_version")
+    ignored = (
+        *("base_model_name_or_path", "inference_mode", "revision", "peft_version"),
+        *("auto_mapping", "init_lora_weights"),
+    )
     return {k: _plain(v) for k, v in sorted(own.items()) if k not in ignored}
 
 

@@ -34,6 +34,7 @@ from .batches import IGNORE_INDEX, shifted_labels
 from .forward import AUX_LOSS, answered_inside, examine
 from .reference import without_dropout
 from .tokens import TokenOptions, find_rows, logps_of, token_answer
+from .trl_reference import take_known_references
 from .unwrap import UnsupportedModel, causal_lm
 
 __all__ = ["add_fused_lm_head", "patch", "patched", "use_fastdpo"]
@@ -48,6 +49,9 @@ def patch(*, workspace_bytes: int | None = None, backend: str | None = None) -> 
 
         fastdpo.integrations.trl.patch()
         trainer = DPOTrainer(model, ref_model, args=args, train_dataset=dataset)
+
+    And with `precompute_ref_log_probs=True` the DPOTrainer takes rows whose reference is known,
+    those of `fastdpo.data.load_reference`, which TRL itself would tokenize and compute again.
 
     Losses, metrics and every option of the trainers stay TRL's own, but for three things that are
     right here: a forward without gradients (the reference, evaluation) has no dropout in attention
@@ -64,17 +68,19 @@ def patch(*, workspace_bytes: int | None = None, backend: str | None = None) -> 
     TokenOptions(workspace_bytes=workspace_bytes, backend=backend)
     ours = functools.partial(add_fused_lm_head, workspace_bytes=workspace_bytes, backend=backend)
     _replace(_theirs(), ours)
+    take_known_references()
 
 
 @contextmanager
 def patched(*, workspace_bytes: int | None = None, backend: str | None = None) -> Iterator[None]:
     """`patch`, for the trainers that are built inside a `with`."""
-    before = _theirs()
-    patch(workspace_bytes=workspace_bytes, backend=backend)
+    before, undo = _theirs(), take_known_references()
     try:
+        patch(workspace_bytes=workspace_bytes, backend=backend)
         yield
     finally:
         _replace(_theirs(), before)
+        undo()
 
 
 def use_fastdpo(

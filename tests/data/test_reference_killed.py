@@ -47,8 +47,8 @@ def progress(done, total):
 computed(out, progress)
 """
 
-# One process after the other kills itself: in the middle of the first file that it writes, after it,
-# in the middle of the second, and so on to after the fourth, and again, until one has finished.
+# One process after the other kills itself: in the middle of the first file that it writes, after
+# it, in the middle of the second, and so on to after the fourth, and again, until one has finished.
 AT_EVERY_FILE = """
 real = reference_folder._write
 

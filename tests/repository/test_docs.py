@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastdpo.loss
-from fastdpo.data import prepare
+from fastdpo.data import load_reference, prepare, reference_logps
 from fastdpo.integrations import batches, hf
 from fastdpo.integrations.trl import use_fastdpo
 from fastdpo.objectives import markdown_table
@@ -78,6 +78,8 @@ PUBLIC = [
     *(getattr(hf, name) for name in ("dpo_loss", "sequence_logps")),
     use_fastdpo,
     prepare,
+    reference_logps,
+    load_reference,
 ]
 
 
