@@ -43,6 +43,11 @@ def _prepare(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(self: Any, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         if not _known(dataset) or not _wanted(dataset, args):
             return theirs(self, dataset, processing_class, args, name)
+        if args.ld_alpha is not None:
+            raise ValueError(
+                f"ld_alpha should be None for rows whose reference is known, got {args.ld_alpha}: "
+                "the reference's sums would have to be weighted by it as well"
+            )
         _refuse_truncation(dataset, args.max_length, name)
         return dataset
 

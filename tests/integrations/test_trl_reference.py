@@ -103,6 +103,8 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, model(), rows, precompute_ref_log_probs=True, max_length=longest - 1)
         trainer(tmp_path, model(), rows, precompute_ref_log_probs=True, max_length=longest)
+        with pytest.raises(ValueError, match=r"ld_alpha should be None for rows .* got 0\.5"):
+            trainer(tmp_path, model(), rows, precompute_ref_log_probs=True, ld_alpha=0.5)
         with pytest.raises(ValueError, match="precompute_ref_log_probs should be True for a data"):
             trainer(tmp_path, model(), rows)
 

@@ -121,6 +121,22 @@ def test_the_example_of_preparing_data_runs():
     assert len(names["pairs"]) == 1
 
 
+def test_the_example_of_a_kept_reference_runs(tmp_path, monkeypatch):
+    models = pytest.importorskip("fastdpo.demo.model")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = models.make_tokenizer(["a b c"])
+    rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * 3
+    model = models.make_model(tokenizer, 256)
+    names = {"dataset": rows, "tokenizer": tokenizer, "model": model, "policy": model}
+    exec(code("tasks/reference.md", "pairs = prepare(dataset"), names)
+    first = names["rows"].to_list()
+    exec(code("tasks/reference.md", "model=policy"), names)
+    assert names["rows"].to_list() == first
+    assert len(first) == 3
+
+
 def test_the_labels_of_a_packed_batch_are_those_of_a_padded_one():
     ids = torch.randint(0, 50, (4, 7))
     keep = torch.rand(4, 7) > 0.4

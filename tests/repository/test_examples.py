@@ -16,9 +16,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "lora": ("peft",),
     "trl_trainer": ("trl", "datasets"),
+    "cached_reference": ("datasets",),
     "axolotl_dpo": ("trl", "datasets"),
 }
-NAMES = ("plain_loop", "lora", "trl_trainer", "original_repository")
+NAMES = ("plain_loop", "lora", "trl_trainer", "original_repository", "cached_reference")
 STACKS = ("megatron_lm", "verl_actor", "llama_factory", "axolotl_dpo", "torchtitan_loss")
 
 

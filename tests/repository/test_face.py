@@ -57,7 +57,8 @@ def test_preparing_data_loads_no_library_that_it_is_not_given():
     assert set(loaded_after("import fastdpo.data.prepare")) <= {"torch"}
     listed = "import fastdpo.data; assert 'load_reference' in dir(fastdpo.data)"
     assert loaded_after(listed) == ["torch"]
-    assert loaded_after("from fastdpo.data import reference_logps") == ["torch"]
+    needed = set(loaded_after("from fastdpo.data import reference_logps"))
+    assert needed <= {"torch", "triton"}  # of the losses
 
 
 def test_what_is_not_in_data_is_an_attribute_error():
