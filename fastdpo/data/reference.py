@@ -137,8 +137,7 @@ def reference_logps(
         next(run.answers(examples, [[shortest]]))  # whatever the model refuses, it refuses now
     with folder.locked("out"):
         _refuse_difference(folder, key)
-        manifest = folder.manifest()
-        if manifest is None or key != manifest["key"]:
+        if not _begun(folder):
             count = {"examples": len(lengths), "batches": len(planned)}
             made = {"device": run.device_name, **versions()}
             folder.begin({"format": FORMAT, **count, "key": key, "made": made}, planned)
@@ -270,14 +269,20 @@ def _finished(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
+def _begun(folder: Folder) -> bool:
+    """Is there anything to lose?"""
+    manifest = folder.manifest()
+    return manifest is not None and bool(manifest["finished"] or folder.done())
+
+
 def _refuse_difference(folder: Folder, key: keys.Key) -> None:
     """
     Raises:
         ValueError: what has been computed there is of something else.
     """
     manifest = folder.manifest()
-    if manifest is None or not (manifest["finished"] or folder.done()):
-        return  # nothing to lose
+    if manifest is None or not _begun(folder):
+        return
     found = keys.differences(manifest["key"], key)
     if found:
         raise ValueError(
@@ -472,7 +477,8 @@ class Run:
         """
         with self._state():
             for batch in batches:
-                rows = [{name: examples[i][name] for name in _IDS} for i in batch]
+                read = [examples[i] for i in batch]
+                rows = [{name: example[name] for name in _IDS} for example in read]
                 sums, found = self._logps(self.collator(rows))
                 for i, a, b in zip(batch, *sums.view(2, -1).tolist(), strict=True):
                     if not abs(a) < float("inf") or not abs(b) < float("inf"):

@@ -310,6 +310,17 @@ def test_a_saved_model_is_the_same_one(tmp_path):
     load_reference(tmp_path / "r", model=loaded)
 
 
+def test_entries_that_another_transformers_knows_lose_nothing(tmp_path, monkeypatch):
+    call = call_of()
+    first = reference_logps(**call, out=tmp_path / "r", **QUIET)
+    path = tmp_path / "r" / "reference.json"
+    stored = json.loads(path.read_text())
+    del stored["key"]["config"]["mlp_bias"]
+    path.write_text(json.dumps(stored))
+    monkeypatch.setattr(hf, "sequence_logps", pytest.fail)
+    assert reference_logps(**call, out=tmp_path / "r", **QUIET).to_list() == first.to_list()
+
+
 def test_another_version_is_another_reference(tmp_path):
     call = call_of()
     reference_logps(**call, out=tmp_path / "r", **QUIET)

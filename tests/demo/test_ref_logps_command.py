@@ -215,7 +215,7 @@ def test_an_interrupt_says_how_it_goes_on(model, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     arguments = ["--model", model, "--data", data, "--out", tmp_path / "out"]
-    options = [*map(str, arguments), "--max-tokens-per-batch", "120"]
+    options = [*map(str, arguments), "--max-tokens-per-batch", "40"]
     root = str(Path(cli.__file__).parents[1])
     with subprocess.Popen(
         [sys.executable, "-c", code, "ref-logps", *options],
@@ -224,11 +224,11 @@ def test_an_interrupt_says_how_it_goes_on(model, tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": root},
     ) as process:
-        for _, line in zip(range(4), process.stdout, strict=False):
+        for _, line in zip(range(3), process.stdout, strict=False):
             assert "batch" in line or "Reference" in line
         process.send_signal(signal.SIGINT)
         _, error = process.communicate()
     assert process.returncode == 2
     assert "interrupted: the same command continues" in error
-    assert command(model, data, tmp_path / "out", "--max-tokens-per-batch", "120") == 0
+    assert command(model, data, tmp_path / "out", "--max-tokens-per-batch", "40") == 0
     assert len(load_reference(tmp_path / "out")) == len(ROWS)
