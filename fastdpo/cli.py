@@ -1,4 +1,4 @@
-"""The command line: `fastdpo demo | doctor`."""
+"""The command line: `fastdpo demo | ref-logps | doctor`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastdpo {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
+    _add_ref_logps(commands)
     doctor = commands.add_parser("doctor", help="what this machine can use, and why not the rest")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -74,6 +75,48 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_demo)
 
 
+def _add_ref_logps(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "ref-logps",
+        help="a reference's log-probabilities of a data set, once",
+        description="Computes the log-probabilities of chosen and rejected answers, and of each of "
+        "their tokens, under a reference, and keeps them as Parquet, for "
+        "fastdpo.data.load_reference and for the columns ref_chosen_logps and ref_rejected_logps "
+        "of TRL. A run that was stopped, or killed, is continued by the same command.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--model", required=True, help="a Hugging Face causal language model: a directory or a name"
+    )
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="preference pairs: JSON lines, .parquet, or a directory of Dataset.save_to_disk; in "
+        "any of TRL's formats (chosen, rejected and perhaps prompt, strings or lists of messages), "
+        "or token ids (prompt_ids, chosen_ids, rejected_ids)",
+    )
+    add("--out", type=Path, required=True, help="the folder to write, or to continue")
+    add("--split", help="of a --data directory that has several")
+    add("--adapter", help="a PEFT adapter with which the model is the reference: a directory")
+    add("--tokenizer", help="a directory or a name (the model's own)")
+    add("--layout", default="packed", help="of a batch: padded, packed or shared_prompts")
+    add("--max-length", type=int, help="tokens of prompt and answer; longer pairs are cut")
+    add("--truncation-mode", default="keep_start", help="which end stays: keep_start or keep_end")
+    add("--too-long", default="error", help="of pairs that cannot be cut: error or drop")
+    add(
+        "--dtype", default="auto", help="of the weights: float32, bfloat16, float16; as saved: auto"
+    )
+    add("--autocast", help="multiply in bfloat16 or float16, as a mixed-precision training does")
+    add("--attention", help="the attention implementation (the model's own)")
+    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--device", help="cpu, cuda, ... (a GPU where there is one)")
+    add("--max-tokens-per-batch", type=int, default=16_384, help="less where memory is short")
+    add("--backend", help="fastdpo's backend: auto, torch, triton or cuda")
+    parser.set_defaults(run=_ref_logps)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     missing = _missing("transformers", "tokenizers", "matplotlib", "rich")
     if missing:
@@ -104,6 +147,20 @@ def _frontier(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return _bad_input(str(error))
     command.run(asked)
+    return 0
+
+
+def _ref_logps(arguments: argparse.Namespace) -> int:
+    missing = _missing("transformers", "datasets", "rich")
+    if missing:
+        return _bad_input(f"ref-logps needs {', '.join(missing)}: pip install 'fastdpo[data]'")
+    from .demo.options import InputError
+    from .ref_logps import run
+
+    try:
+        run(arguments)
+    except InputError as error:
+        return _bad_input(str(error))
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Sampler
@@ -153,7 +153,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return batches + [batches[i % len(batches)] for i in range(missing)]
 
     def _filled(self, order: Sequence[int]) -> Iterator[list[int]]:
-        return _filled(order, self.lengths, self.collator, self.budget)
+        return to_budget(order, self.lengths, self.collator, self.budget)
 
     def _length(self, i: int) -> int:
         return self.collator.tokens_in([self.lengths[i]])
@@ -180,8 +180,8 @@ def micro_batches(
     """
     _whole("max_tokens_per_batch", max_tokens_per_batch, 1)
     lengths = _lengths(examples, collator, max_tokens_per_batch)
-    order = sorted(range(len(lengths)), key=lambda i: -collator.tokens_in([lengths[i]]))
-    parts = _filled(order, lengths, collator, max_tokens_per_batch)
+    order = longest_first(range(len(lengths)), lengths, collator)
+    parts = to_budget(order, lengths, collator, max_tokens_per_batch)
     return [[examples[i] for i in part] for part in parts]
 
 
@@ -189,11 +189,16 @@ Length = tuple[int, tuple[int, ...]]  # of a prompt, and of its answers
 
 
 def _lengths(examples: Sequence[Example], collator: Collator, budget: int) -> list[Length]:
+    lengths = [collator.length_of(examples[i]) for i in range(len(examples))]
+    check_budget(lengths, collator, budget)
+    return lengths
+
+
+def check_budget(lengths: Sequence[Length], collator: Collator, budget: int) -> None:
     """
     Raises:
         ValueError: an example by itself exceeds the budget.
     """
-    lengths = [collator.length_of(examples[i]) for i in range(len(examples))]
     for i, length in enumerate(lengths):
         tokens = collator.tokens_in([length])
         if tokens > budget:
@@ -201,21 +206,37 @@ def _lengths(examples: Sequence[Example], collator: Collator, budget: int) -> li
                 f"max_tokens_per_batch should be at least {tokens}, which examples[{i}] has by "
                 f"itself, got {budget} (or give the collator a max_length)"
             )
-    return lengths
 
 
-def _filled(
+def longest_first(
+    indices: Iterable[int], lengths: Sequence[Length], collator: Collator
+) -> list[int]:
+    return sorted(indices, key=lambda i: (-collator.tokens_in([lengths[i]]), i))
+
+
+def to_budget(
     order: Sequence[int], lengths: Sequence[Length], collator: Collator, budget: int
 ) -> Iterator[list[int]]:
-    """In this order, as many as fit."""
-    batch: list[int] = []
-    for i in order:
-        if batch and collator.tokens_in([lengths[j] for j in (*batch, i)]) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+    """In this order, as many as fit: found by doubling, then by halves."""
+
+    def fit(count: int) -> bool:
+        part = order[start : start + count]
+        return collator.tokens_in([lengths[i] for i in part]) <= budget
+
+    start = 0
+    while start < len(order):
+        fits, over = 1, 2
+        while start + over <= len(order) and fit(over):
+            fits, over = over, 2 * over
+        over = min(over, len(order) - start + 1)
+        while over - fits > 1:
+            middle = (fits + over) // 2
+            if fit(middle):
+                fits = middle
+            else:
+                over = middle
+        yield list(order[start : start + fits])
+        start += fits
 
 
 def _whole(name: str, value: object, at_least: int) -> None:

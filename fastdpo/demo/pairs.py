@@ -33,14 +33,19 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         InputError: naming the file, the line or row, and the column.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     pairs = [_pair(row, where) for row, where in rows]
     if len(pairs) < 2:
         raise InputError(f"{path}: expected at least 2 pairs, one to train on and one held out")
     return pairs
 
 
-def _json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+def json_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """Every line's value, and where it stands.
+
+    Raises:
+        InputError: naming the file and the line.
+    """
     try:
         # By \n alone: JSON strings may hold the other characters that end lines.
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data import PairCollator
+from ..data.reference import Run
 from ..integrations import hf
-from .collate import Batch, Example, collate, labels_of
+from ..integrations.reference import BASE
+from ..integrations.tokens import TokenOptions
+from ..integrations.unwrap import peft_model
+from .collate import Batch, Example, labels_of
 from .setting import Setting
 
 STATS = ("entropy", "mean_logits", "is_top1")
@@ -52,7 +57,6 @@ def pretrain(
         on_step(step + 1, loss.item())
 
 
-@torch.no_grad()
 def ask_reference(
     model: nn.Module,
     examples: Sequence[Example],
@@ -61,23 +65,22 @@ def ask_reference(
 ) -> None:
     """Writes the log-probabilities of the model, not yet trained, into the examples."""
     model.eval()
+    reference = Run.checked(
+        model,
+        PairCollator(setting.pad_token_id),
+        None if peft_model(model) is None else BASE,
+        torch.bfloat16 if setting.options.dtype == "bfloat16" else None,
+        TokenOptions(backend=setting.options.backend),
+    )
     size = setting.options.batch_size
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
-        batch = collate(part, setting.pad_token_id, setting.device)
-        with setting.autocast():
-            logps = hf.sequence_logps(
-                model,
-                batch["input_ids"],
-                labels_of(batch),
-                batch["attention_mask"],
-                backend=setting.options.backend,
-            )
-        assert isinstance(logps, Tensor)
-        chosen, rejected = logps.view(2, -1).tolist()
-        for example, a, b in zip(part, chosen, rejected, strict=True):
-            example.ref_chosen_logps, example.ref_rejected_logps = a, b
-        on_batch(len(part))
+    order = range(len(examples))
+    batches = [order[start : start + size] for start in order[::size]]
+    for found in reference.answers([vars(example) for example in examples], batches):
+        columns = (found.example, found.ref_chosen_logps, found.ref_rejected_logps)
+        for i, chosen, rejected in zip(*columns, strict=True):
+            examples[i].ref_chosen_logps = float(chosen)
+            examples[i].ref_rejected_logps = float(rejected)
+        on_batch(len(found.example))
 
 
 def train(

@@ -45,6 +45,7 @@ from .tokens import (
     rows_with_loss,
     token_answer,
 )
+from .trl_reference import take_known_references
 from .unwrap import UnsupportedModel, causal_lm
 
 __all__ = [
@@ -76,6 +77,9 @@ def patch(*, workspace_bytes: int | None = None, backend: str | None = None) -> 
         fastdpo.integrations.trl.patch()
         trainer = DPOTrainer(model, ref_model, args=args, train_dataset=dataset)
 
+    And with `precompute_ref_log_probs=True` the DPOTrainer takes rows whose reference is known,
+    those of `fastdpo.data.load_reference`, which TRL itself would tokenize and compute again.
+
     Losses, metrics and every option of the trainers stay TRL's own, but for three things that are
     right here: a forward without gradients (the reference, evaluation) has no dropout in attention
     either; padding on the left moves no positions; and under FSDP2 in mixed precision
@@ -91,17 +95,19 @@ def patch(*, workspace_bytes: int | None = None, backend: str | None = None) -> 
     TokenOptions(workspace_bytes=workspace_bytes, backend=backend)
     ours = functools.partial(add_fused_lm_head, workspace_bytes=workspace_bytes, backend=backend)
     _replace(_theirs(), ours)
+    take_known_references()
 
 
 @contextmanager
 def patched(*, workspace_bytes: int | None = None, backend: str | None = None) -> Iterator[None]:
     """`patch`, for the trainers that are built inside a `with`."""
-    before = _theirs()
-    patch(workspace_bytes=workspace_bytes, backend=backend)
+    before, undo = _theirs(), take_known_references()
     try:
+        patch(workspace_bytes=workspace_bytes, backend=backend)
         yield
     finally:
         _replace(_theirs(), before)
+        undo()
 
 
 def use_fastdpo(

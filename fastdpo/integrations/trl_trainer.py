@@ -23,8 +23,8 @@ from trl import DPOConfig, DPOTrainer
 from ..core import checks
 from ..data import PairCollator, TokenBudgetSampler
 from ..data.layouts import LAYOUTS
-from ..data.truncation import truncate
 from ..data.reference import reference_logps
+from ..data.truncation import truncate
 from .packing import PACKED_IDS, attention_of
 from .reference import BASE, REF_ADAPTER
 from .trl import patched
@@ -140,7 +140,8 @@ class FastDPOTrainer(DPOTrainer):
         self._lay_out()
         if set(_REFERENCE) <= set(dataset.column_names):
             return dataset
-        if self.args.reference_cache is None:
+        config: Any = self.args
+        if config.reference_cache is None:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         model: Any = self.model if self.ref_model is None else self.ref_model
         peft = peft_model(model) if self.ref_model is None else None
@@ -151,7 +152,7 @@ class FastDPOTrainer(DPOTrainer):
             self.accelerator.unwrap_model(model).to(self.args.device),
             dataset,
             self._collator(),
-            Path(self.args.reference_cache) / name,
+            Path(config.reference_cache) / name,
             max_tokens_per_batch=self._budget or 16_384,
             ref_adapter=adapter,
             autocast=self._autocast_dtype(),
@@ -167,7 +168,8 @@ class FastDPOTrainer(DPOTrainer):
         return torch.float16 if self.args.fp16 else None
 
     def _collator(self) -> PairCollator:
-        """That counts tokens, and computes the reference: TRL's own as ours where that is padded."""
+        """That counts tokens, and computes the reference; in place of TRL's own where that is
+        padded."""
         theirs: Any = self.data_collator
         options = {
             "max_length": theirs.max_length,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastdpo.loss
-from fastdpo.data import prepare
+from fastdpo.data import load_reference, prepare, reference_logps
 from fastdpo.integrations import batches, hf
 from fastdpo.integrations.trl import use_fastdpo
 from fastdpo.objectives import markdown_table
@@ -78,6 +78,8 @@ PUBLIC = [
     *(getattr(hf, name) for name in ("dpo_loss", "sequence_logps")),
     use_fastdpo,
     prepare,
+    reference_logps,
+    load_reference,
 ]
 
 
@@ -117,6 +119,22 @@ def test_the_example_of_preparing_data_runs():
     }
     exec(code("tasks/data.md", "prepare(dataset"), names)
     assert len(names["pairs"]) == 1
+
+
+def test_the_example_of_a_kept_reference_runs(tmp_path, monkeypatch):
+    models = pytest.importorskip("fastdpo.demo.model")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tokenizer = models.make_tokenizer(["a b c"])
+    rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * 3
+    model = models.make_model(tokenizer, 256)
+    names = {"dataset": rows, "tokenizer": tokenizer, "model": model, "policy": model}
+    exec(code("tasks/reference.md", "pairs = prepare(dataset"), names)
+    first = names["rows"].to_list()
+    exec(code("tasks/reference.md", "model=policy"), names)
+    assert names["rows"].to_list() == first
+    assert len(first) == 3
 
 
 def test_the_labels_of_a_packed_batch_are_those_of_a_padded_one():

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "lora": ("peft",),
     "trl_trainer": ("trl", "datasets"),
+    "cached_reference": ("datasets",),
     "axolotl_dpo": ("trl", "datasets"),
     "fast_trainer": ("trl", "datasets"),
 }
@@ -28,6 +29,7 @@ NAMES = (
     "packed",
     "fast_trainer",
     "kto",
+    "cached_reference",
 )
 FIRST_LOSS = {"kto": 0.5}  # of equal models; else ln 2
 STACKS = ("megatron_lm", "verl_actor", "llama_factory", "axolotl_dpo", "torchtitan_loss")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastdpo
+import fastdpo.data
 import fastdpo.loss
 import fastdpo.parallel
 
@@ -54,6 +55,15 @@ def test_the_functions_load_pytorch_alone():
 
 def test_preparing_data_loads_no_library_that_it_is_not_given():
     assert set(loaded_after("import fastdpo.data.prepare")) <= {"torch"}
+    listed = "import fastdpo.data; assert 'load_reference' in dir(fastdpo.data)"
+    assert loaded_after(listed) == ["torch"]
+    needed = set(loaded_after("from fastdpo.data import reference_logps"))
+    assert needed <= {"torch", "triton"}  # of the losses
+
+
+def test_what_is_not_in_data_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"fastdpo\.data' has no attribute 'reference_logp'"):
+        _ = fastdpo.data.reference_logp
 
 
 def test_one_place_states_the_version():

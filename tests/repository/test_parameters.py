@@ -18,6 +18,7 @@ MOST = 8
 PUBLIC = (
     "fastdpo/loss.py",
     "fastdpo/data/prepare.py",
+    "fastdpo/data/reference.py",
     "fastdpo/integrations/hf.py",
     "fastdpo/integrations/liger.py",
 )
