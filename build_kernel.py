@@ -26,7 +26,7 @@ else:
 
 ROOT = Path(__file__).resolve().parent
 # Commands, and what only they use: the Hub asks that a kernel imports nothing beside PyTorch.
-LEFT_OUT = {"__main__.py", "cli.py", "demo"}
+LEFT_OUT = {"__main__.py", "cli.py", "demo", "ref_logps.py"}
 OLDER = '''\
 """For versions of `kernels` that import a build from here: the package in the folder above."""
 

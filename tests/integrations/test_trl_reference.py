@@ -11,7 +11,7 @@ from test_trl import _fresh_accelerate as _fresh_accelerate
 from test_trl_trainers import COMMON
 
 from fastdpo.data import PairCollator, load_reference, prepare, reference_logps
-from fastdpo.integrations.trl import patched
+from fastdpo.integrations.trl import FastDPOConfig, FastDPOTrainer, patched
 from fastdpo.integrations.trl_reference import take_known_references
 
 
@@ -84,6 +84,21 @@ def test_the_first_step_starts_at_the_reference(tmp_path):
     for row in logged(built):
         assert abs(row["rewards/margins"]) < 1e-6
         assert row["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_in_the_layout_of_the_trainer(tmp_path):
+    """FastDPOTrainer, on the rows in which the reference was computed."""
+    rows = known(tmp_path, model(), layout="shared_prompts")
+    args = FastDPOConfig(
+        output_dir=str(tmp_path),
+        layout="shared_prompts",
+        precompute_ref_log_probs=True,
+        **{**COMMON, "learning_rate": 0.0, "per_device_train_batch_size": BATCH},
+    )
+    built = FastDPOTrainer(model(), args=args, train_dataset=rows, processing_class=tokenizer())
+    assert built.train_dataset is rows
+    for row in logged(built):
+        assert abs(row["rewards/margins"]) < 1e-5
 
 
 def test_evaluation_takes_them_too(tmp_path):
