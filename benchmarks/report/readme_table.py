@@ -15,7 +15,7 @@ class Figure(NamedTuple):
     """One row: which document, which of its results, and what of them."""
 
     document: str
-    what: str
+    what: str  # {answer}: the mean length of what the document's pairs answer
     scenario: str | None  # None: the document is about one
     measure: Callable[[dict[str, Any]], float]
     shown: Callable[[float], str]
@@ -66,7 +66,7 @@ ROWS = (
     ),
     Figure(
         "cpu-step",
-        "pairs per second of a 36 M Llama's whole step, answers of 168 tokens",
+        "pairs per second of a 36 M Llama's whole step, answers of {answer} tokens",
         None,
         _pairs_per_second,
         "{:.2f}".format,
@@ -75,7 +75,7 @@ ROWS = (
     ),
     Figure(
         "cpu-step-hh",
-        "… dialogues, answers of 69 tokens",
+        "… dialogues, answers of {answer} tokens",
         None,
         _pairs_per_second,
         "{:.2f}".format,
@@ -109,4 +109,6 @@ def _line(figure: Figure, doc: dict[str, Any]) -> str:
     how = "counted for a GPU" if doc["kind"] == "counted" else "measured on a CPU"
     cells = (figure.shown(rows[name]) for name in (figure.ours, "eager"))
     peer = f"{figure.shown(peers[best])} (`{best}`)"
-    return f"| {' | '.join((figure.what, *cells, peer, how))} |"
+    answer = doc["protocol"].get("lengths", {}).get("mean_completion", 0)
+    what = figure.what.format(answer=round(answer))
+    return f"| {' | '.join((what, *cells, peer, how))} |"
