@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.inputs import BETA
 from benchmarks.measure import synchronize
 from benchmarks.step import data, models
-from fastdpo.data import PairCollator, micro_batches
+from fastdpo.data import PairCollator, micro_batches, reference_logps
 
 LEARNING_RATE = 5e-5
 # Of a part, where there is a budget: on a CPU a row at a time costs least.
@@ -91,16 +91,25 @@ def ours(layout: str, reference_once: bool, budget: bool = False) -> Callable[[J
 
 
 def _ask_reference(job: Job, reference: Any, collator: PairCollator, parts: Parts) -> float:
-    """Writes the reference's log-probabilities into the examples; the seconds that it took."""
-    from fastdpo.integrations import hf
-
+    """Writes the reference's log-probabilities into the examples, in the batches of the training;
+    the seconds that it took.
+    """
+    place = {id(example): i for i, example in enumerate(job.examples)}
+    batches = [[place[id(e)] for e in part] for step in range(job.steps) for part in parts(step)]
     start = time.perf_counter()
-    for part in (part for step in range(job.steps) for part in parts(step)):
-        with torch.no_grad(), _autocast(job.device):
-            logps = hf.sequence_logps(reference, **_on(job.device, collator(part)))
-        chosen, rejected = (half.tolist() for half in logps.chunk(2))
-        for example, a, b in zip(part, chosen, rejected, strict=True):
-            example |= {"ref_chosen_logps": a, "ref_rejected_logps": b}
+    with tempfile.TemporaryDirectory() as folder:
+        found = reference_logps(
+            reference,
+            job.examples,
+            collator,
+            folder,
+            batches=batches,
+            autocast=_autocast_dtype(job.device),
+            progress=False,
+        )
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            for example, value in zip(job.examples, found[name], strict=True):
+                example[name] = value
     return time.perf_counter() - start
 
 
@@ -143,8 +152,13 @@ def _on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.bfloat16 if device.type == "cuda" else None
+
+
 def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    dtype = _autocast_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def _models(job: Job, attention: str = "sdpa") -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -260,25 +274,35 @@ def _tokenizer(vocab: int) -> Any:
     )
 
 
+_TRL, _REFERENCE = ("trl", "datasets", "tokenizers"), ("datasets",)
+
+
 @dataclass(frozen=True)
 class Loop:
     run: Callable[[Job], Run]
     summary: str
+    needs: tuple[str, ...] = ()  # beside transformers
 
 
 # In the order of the waterfall: each of ours adds one thing to the one before it.
 LOOPS: dict[str, Loop] = {
     "eager": Loop(eager_loop, "logits and log_softmax of every position, padded"),
-    "trl": Loop(trl_loop, "TRL's DPOTrainer as it ships (chunked log-probabilities)"),
+    "trl": Loop(trl_loop, "TRL's DPOTrainer as it ships (chunked log-probabilities)", _TRL),
     "trl-fastdpo": Loop(
-        trl_fastdpo_loop, "the same trainer with fastdpo.integrations.trl.use_fastdpo"
+        trl_fastdpo_loop, "the same trainer with fastdpo.integrations.trl.use_fastdpo", _TRL
     ),
     "fastdpo": Loop(ours("padded", False), "hf.dpo_loss of padded pairs: the loss alone"),
-    "reference-once": Loop(ours("padded", True), "and the reference computed once"),
-    "packed": Loop(ours("packed", True), "and rows without padding"),
-    "shared-prompts": Loop(ours("shared_prompts", True), "and each prompt once for both answers"),
+    "reference-once": Loop(
+        ours("padded", True), "and the reference computed once, by reference_logps", _REFERENCE
+    ),
+    "packed": Loop(ours("packed", True), "and rows without padding", _REFERENCE),
+    "shared-prompts": Loop(
+        ours("shared_prompts", True), "and each prompt once for both answers", _REFERENCE
+    ),
     "token-budget": Loop(
-        ours("shared_prompts", True, budget=True), "and parts of like lengths, to a budget"
+        ours("shared_prompts", True, budget=True),
+        "and parts of like lengths, to a budget",
+        _REFERENCE,
     ),
 }
 WATERFALL = ("fastdpo", "reference-once", "packed", "shared-prompts", "token-budget")
@@ -286,7 +310,6 @@ WATERFALL = ("fastdpo", "reference-once", "packed", "shared-prompts", "token-bud
 
 def absent(name: str) -> str | None:
     """Why a loop cannot run here; None where it can."""
-    theirs = ("trl", "datasets", "tokenizers") if name.startswith("trl") else ()
-    needed = ("transformers", *theirs)
+    needed = ("transformers", *LOOPS[name].needs)
     gone = [module for module in needed if importlib.util.find_spec(module) is None]
     return f"not installed: {', '.join(gone)}" if gone else None
