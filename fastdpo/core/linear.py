@@ -49,7 +49,6 @@ it, labels of other parts lie outside [0, V), and a, α and S are the whole voca
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,8 +56,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select
-from ..backends.contract import COLLISION_SHIFT, ExpSums, Head, accumulate_dtype
-from ..backends.torch import logits_of
+from ..backends.contract import ExpSums, Head, accumulate_dtype
 from ..backends.workspace import (
     cleared,
     columns_kept,
@@ -70,12 +68,12 @@ from ..backends.workspace import (
     sum_rows,
 )
 from .call import Call
+from .entropy import with_entropy
+from .products import column_sums, lowered, multiply, multiply_into, multiply_wide, widens
+from .row_state import RowState, label_entry_of, logps_of, renormalized, set_label_entries
 from .rows import Rows
+from .statistics import statistic, tolerance_of
 
-# Rows are anchored at their label (δ = 0), or where it is very unlikely at their maximum (δ > 40):
-# the latter are far, and log(1 + e^δ S) is taken in the log domain.
-_FAR = 20.0
-_HALF_LOG_SUM = 10 * math.log(2.0)
 # Products of fewer rows are summed in another order (seen with MKL): they join the block before
 # them, so that equal rows have equal bits.
 _FEW_ROWS = 16
@@ -119,31 +117,6 @@ class Needs(NamedTuple):
     @property
     def head(self) -> bool:
         return self.weight or self.bias or self.extra
-
-
-class RowState(NamedTuple):
-    """What the backward must know of each row, [N] each."""
-
-    target: Tensor  # a
-    anchor: Tensor  # α
-    sum: Tensor  # S
-    reanchored: Tensor  # bool: did this process anchor the row at its maximum?
-
-    def packed(self) -> Tensor:  # [3, N]
-        """The flag as the sum's sign."""
-        return torch.stack(
-            (self.target, self.anchor, torch.where(self.reanchored, -self.sum, self.sum))
-        )
-
-    @classmethod
-    def unpacked(cls, packed: Tensor) -> RowState:  # [3, N]
-        target, anchor, signed = packed
-        return cls(target, anchor, signed.abs(), signed.signbit())
-
-    @property
-    def inverse(self) -> Tensor:
-        """r of equation (2)."""
-        return 1.0 / (torch.exp(self.target - self.anchor) + self.sum)
 
 
 @dataclass(frozen=True)
@@ -195,7 +168,7 @@ def forward_pass(
         scratch = padded_empty(max((b.stop - b.start for b in blocks), default=0), vocab, x)
 
     asked = tuple(s for s in call.stats if s != "mean_logits" or head.softcap is not None)
-    tolerance = _tolerance(x, head, labels, target, call) if "is_top1" in asked else None
+    tolerance = tolerance_of(x, head, labels, target, call) if "is_top1" in asked else None
     parts: list[ExpSums] = []
     reanchored: list[Tensor] = []
     for rows in blocks:
@@ -221,17 +194,17 @@ def forward_pass(
         parts.append(sums)
         if out is not None:
             state = RowState(target[rows], sums.anchor, sums.sum, reanchored[-1])
-            _set_label_entries(out, labels[rows], _label_entry(state, head))
+            set_label_entries(out, labels[rows], label_entry_of(state, head))
             if product is not None:
                 scale = (-head.gain * state.inverse).unsqueeze(1)
                 for into, weight in head.parts(product[rows]):
-                    into.copy_(_product(out, weight) * scale)
+                    into.copy_(multiply(out, weight) * scale)
     sums = _joined(parts, target)
     flags = torch.cat(reanchored) if reanchored else target.new_empty(0, dtype=torch.bool)
     state = RowState(target, sums.anchor, sums.sum, flags)
-    logps = _logps(state)
+    logps = logps_of(state)
     stats = {
-        name: _statistic(name, x, whole_labels, head, state, sums, logps, call)
+        name: statistic(name, x, whole_labels, head, state, sums, logps, call)
         for name in call.stats
     }
     return ForwardPass(logps, stats, state, kept, product)
@@ -265,7 +238,7 @@ def backward_pass(
     upstream = upstream.to(state.target.dtype)
     x, cast = operands(hidden, head, rows, call)
     if x.dtype == torch.float16:
-        state = _renormalized(state)
+        state = renormalized(state)
     coefficients, lift = _coefficients(upstream.size, head, state, x)  # [N], the diag of (4) to (6)
     # fp16 has no room for small coefficients: take their size out of the product, and put it back
     # in fp32.
@@ -289,12 +262,12 @@ def backward_pass(
     labels = call.local(rows.labels)
     blocks = _column_blocks(x, cast, labels, call, state, kept)
     if upstream.entropy is not None:
-        blocks = _entropy_blocks(blocks, upstream, x, cast, labels, state, kept)
+        blocks = with_entropy(blocks, upstream, x, cast, labels, state, kept)
     for start, stop, e in blocks:
         for grad, factor in factors:
             _weight_gradient(grad[start:stop], e, factor, lift, size)
         if grad_bias is not None:
-            grad_bias[start:stop] = _lowered(_column_sums(e, coefficients), lift)
+            grad_bias[start:stop] = lowered(column_sums(e, coefficients), lift)
         if needs.hidden and stop - start == call.vocab_size(head):
             grad_rows = grad_x.whole(e, cast)
         elif needs.hidden:
@@ -314,12 +287,12 @@ def _weight_gradient(
     lift: float,
     size: Tensor | None,  # [] taken out of the product, for fp16
 ) -> None:
-    wide = _widens(e) and into.dtype == torch.float32
+    wide = widens(e) and into.dtype == torch.float32
     if size is None and (wide or into.dtype == e.dtype):
-        _product_into(into, e.t(), scaled, lift)
+        multiply_into(into, e.t(), scaled, lift)
     else:
-        product = _product(e.t(), scaled)
-        into.copy_(_lowered(product, lift) if size is None else product * size)
+        product = multiply(e.t(), scaled)
+        into.copy_(lowered(product, lift) if size is None else product * size)
 
 
 def _coefficients(
@@ -365,7 +338,7 @@ def _column_blocks(x, head, labels, call, state, kept):
     if buffer is None or not kept.spendable:
         buffer = padded_empty(len(x), recompute_columns(len(x), vocab, x), x)
     backend = select.primitive("exp_logits", x, call.backend)
-    entry, reanchored = _label_entry(state, head), state.reanchored
+    entry, reanchored = label_entry_of(state, head), state.reanchored
     for start in range(done, vocab, buffer.shape[1]):
         stop = min(start + buffer.shape[1], vocab)
         e = buffer[:, : stop - start]
@@ -386,46 +359,6 @@ def _column_blocks(x, head, labels, call, state, kept):
         yield start, stop, e
 
 
-def _entropy_blocks(blocks, upstream, x, head, labels, state, kept):
-    """E to E∘c of (7), each row without its size. Elementwise, so that it costs no product but with
-    a softcap, whose derivative in E hides the logits.
-    """
-    size = upstream.size
-    share = torch.where(size > 0, 1.0 / size, 0.0)
-    g, h = upstream.logps * share, upstream.entropy * share
-    log_inverse, logps = torch.log(state.inverse), _logps(state)
-    own = torch.exp(state.target - state.anchor)
-    own = torch.where(own == 0, 0.0, own * h * (logps + upstream.value))
-    entry = own - g * state.sum
-    derivative = head.softcap_derivative(state.target)
-    entry = entry if derivative is None else entry * derivative
-    base = g + h * (log_inverse + upstream.value)
-    for first, last, whole in blocks:
-        spent = kept is None or kept.spendable or first >= kept.columns
-        width = last - first if spent else recompute_columns(len(x), last - first, x)
-        for start in range(first, last, max(1, width)):
-            stop = min(start + width, last)
-            e = whole[:, start - first : stop - first]
-            e = e if spent else e.clone()
-            part = head.columns(start, stop)
-            for rows in _few_rows(len(x), stop - start):
-                wide = e[rows].to(g.dtype)
-                if head.softcap is None:
-                    logits = torch.log(wide)  # from the anchor
-                else:
-                    logits = logits_of(x[rows], part) - state.anchor[rows].unsqueeze(1)
-                c = torch.addcmul(base[rows].unsqueeze(1), h[rows].unsqueeze(1), logits)
-                e[rows] = torch.where(wide > 0, wide * c, 0.0).to(e.dtype)  # p log p is 0 at 0
-            _set_label_entries(e, labels - start, entry)
-            yield start, stop, e
-
-
-def _few_rows(n: int, columns: int) -> list[slice]:
-    """So that what is elementwise in fp32 holds 64 MiB at most."""
-    block = max(1, (16 << 20) // max(1, columns))
-    return [slice(start, start + block) for start in range(0, n, block)]
-
-
 class _HiddenGradient:
     """diag(coefficients) / lift · Σ E · weight over blocks of columns, summed in the accumulate
     dtype.
@@ -437,15 +370,15 @@ class _HiddenGradient:
 
     def whole(self, e: Tensor, head: Head) -> Tensor:
         """The gradient [N, D] from all columns at once: no sum remains, and no fp32 copy of it."""
-        if not _widens(e):
-            found = [_product(e, weight).mul_(self._coefficients) for weight in head.weights]
-            return _lowered(found[0] if len(found) == 1 else torch.cat(found, 1), self._lift)
+        if not widens(e):
+            found = [multiply(e, weight).mul_(self._coefficients) for weight in head.weights]
+            return lowered(found[0] if len(found) == 1 else torch.cat(found, 1), self._lift)
         value, block = torch.empty_like(self._x), row_block(head.vocab_size, self._x)
         for start in range(0, e.shape[0], block):
             rows = slice(start, start + block)
             for into, weight in head.parts(value[rows]):
-                product = _product(e[rows], weight).mul_(self._coefficients[rows])
-                into.copy_(_lowered(product, self._lift))
+                product = multiply(e[rows], weight).mul_(self._coefficients[rows])
+                into.copy_(lowered(product, self._lift))
         return value
 
     def add(self, e: Tensor, head: Head) -> None:
@@ -458,10 +391,10 @@ class _HiddenGradient:
     def _add(into: Tensor, e: Tensor, weight: Tensor) -> None:
         if e.dtype == into.dtype:
             into.addmm_(e, weight)
-        elif _widens(e):
+        elif widens(e):
             block = sum_rows(into)
             for total, rows in zip(into.split(block), e.split(block), strict=True):
-                total += _wide_product(rows, weight)
+                total += multiply_wide(rows, weight)
         else:  # operands are widened first, a few columns at a time
             width = recompute_columns(e.shape[0], e.shape[1], into)
             for part, rows in zip(e.split(width, 1), weight.split(width), strict=True):
@@ -469,7 +402,7 @@ class _HiddenGradient:
 
     def finish(self) -> Tensor:
         assert self._sum is not None
-        return _lowered(self._sum.mul_(self._coefficients), self._lift)
+        return lowered(self._sum.mul_(self._coefficients), self._lift)
 
 
 def _served(backend: Any, head: Head) -> Head:
@@ -483,36 +416,6 @@ def _target_logits(x: Tensor, head: Head, labels: Tensor, call: Call) -> Tensor:
         return backend.target_logits(x, head, labels)
     inside = labels.clamp(0, head.vocab_size - 1)
     return call.vocab_parallel.from_owner(backend.target_logits(x, head, inside), labels)
-
-
-def _tolerance(
-    x: Tensor,  # [N, D]
-    head: Head,
-    labels: Tensor,  # [N]
-    target: Tensor,  # [N] the labels' logits
-    call: Call,
-) -> Tensor:  # [N]
-    """By how much two sums of the label's logit may differ: one rounding of Σ |h w| for each of D
-    terms, and where fp32 is multiplied with fewer bits, what these leave out.
-    """
-    size = torch.empty_like(target)
-    inside = labels.clamp(0, head.vocab_size - 1)
-    block = sum_rows(x)
-    for start in range(0, x.shape[0], block):
-        rows = slice(start, start + block)
-        parts = (
-            weight.index_select(0, inside[rows]).to(size.dtype).mul_(part).abs_().sum(-1)
-            for part, weight in head.parts(x[rows])
-        )
-        size[rows] = sum(parts)
-    if call.vocab_parallel is not None:
-        size = call.vocab_parallel.from_owner(size, labels)
-    eps = torch.finfo(size.dtype).eps
-    relative = 2 * eps * x.shape[1]
-    library = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
-    if x.dtype == torch.float32:
-        relative += {"tf32": 2.0**-9, "bf16": 2.0**-6}.get(library.matmul.fp32_precision, 0.0)
-    return relative * abs(head.gain) * size + 16 * eps * target.abs()
 
 
 def _scale_rows(e: Tensor, share: Tensor) -> None:  # [N, K], [N]
@@ -547,86 +450,6 @@ def without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _logps(state: RowState) -> Tensor:
-    """Equation (1), in the form that holds at each distance."""
-    delta = state.anchor - state.target
-    near = torch.log1p(torch.exp(delta.clamp(max=_FAR)) * state.sum)
-    far = torch.nn.functional.softplus(delta + torch.log(state.sum))
-    return -torch.where(delta <= _FAR, near, far)
-
-
-def _label_entry(state: RowState, head: Head) -> Tensor:
-    """E_y = −S · d_y."""
-    derivative = head.softcap_derivative(state.target)
-    return -state.sum if derivative is None else -state.sum * derivative
-
-
-def _set_label_entries(e: Tensor, labels: Tensor, entry: Tensor) -> None:
-    """E[t, y_t] = entry_t, where the label is among E's columns."""
-    column = labels.clamp(0, e.shape[1] - 1).unsqueeze(1)
-    inside = column == labels.unsqueeze(1)
-    e.scatter_(1, column, torch.where(inside, entry.to(e.dtype).unsqueeze(1), e.gather(1, column)))
-
-
-def _renormalized(state: RowState) -> RowState:
-    """The same rows, anchored so that S = 2^10: E then fits fp16 from 2^10 down to 2^-34 of the
-    sum.
-    """
-    shift = torch.log(state.sum.clamp_min(torch.finfo(state.sum.dtype).tiny)) - _HALF_LOG_SUM
-    return RowState(
-        state.target,
-        state.anchor + shift,
-        torch.full_like(state.sum, math.exp(_HALF_LOG_SUM)),
-        state.reanchored,
-    )
-
-
-def _statistic(
-    name: str,
-    x: Tensor,
-    labels: Tensor,  # [N] of the whole vocabulary
-    head: Head,
-    state: RowState,
-    sums: ExpSums,
-    logps: Tensor,
-    call: Call,
-) -> Tensor:
-    delta = state.anchor - state.target
-    if name == "entropy" and sums.entropy is not None:
-        # −Σ p log p with every logit taken from the label's (near) or from the anchor (far): no
-        # large numbers cancel.
-        near = -logps - state.inverse * (sums.entropy + delta * state.sum)
-        # p log p is 0 at p = 0: the largest number for ∞, so that ∞ · 0 is taken nowhere.
-        finite = delta.clamp_max(torch.finfo(delta.dtype).max)
-        own = finite * torch.exp(-finite)
-        far = -torch.log(state.inverse) - state.inverse * (sums.entropy - own)
-        return torch.where(delta <= _FAR, near, far).clamp_min_(0.0)
-    if name == "log_sum_sq_probs" and sums.collision is not None:
-        own = torch.exp(2.0 * (COLLISION_SHIFT - delta))
-        return (
-            torch.log(sums.collision + own) - 2.0 * COLLISION_SHIFT + 2.0 * torch.log(state.inverse)
-        )
-    if name == "mean_logits":
-        if sums.logits is not None:  # asked for where there is a softcap
-            return (sums.logits + state.target) / call.vocab_size(head)
-        mean = torch.cat([weight.mean(0, dtype=logps.dtype) for weight in head.weights])
-        # Not a matrix-vector product, which sums a row in an order that depends on the others.
-        few = sum_rows(x)
-        u = torch.cat([(part.to(logps.dtype) * mean).sum(-1) for part in x.split(few)])
-        mean = head.gain * (u if head.bias is None else u + head.bias.mean(dtype=logps.dtype))
-        if call.vocab_parallel is None:
-            return mean
-        return call.vocab_parallel.total(mean * (head.vocab_size / call.vocab_size(head)))
-    assert name == "is_top1"
-    assert sums.top is not None
-    assert sums.own is not None
-    assert sums.earlier is not None
-    first = (sums.own >= sums.top) & (sums.own > sums.earlier)
-    # Where nothing can occur all logits are equal, and the vocabulary's first entry is the first.
-    nothing = torch.maximum(sums.own, sums.top) == -torch.inf
-    return torch.where(nothing, labels == 0, first)
-
-
 def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
     if len(parts) == 1:
         return parts[0]
@@ -636,41 +459,3 @@ def _joined(parts: list[ExpSums], like: Tensor) -> ExpSums:
     anchors, totals, *stats = zip(*parts, strict=True)
     joined = (None if s[0] is None else torch.cat(s) for s in stats)
     return ExpSums(torch.cat(anchors), torch.cat(totals), *joined)
-
-
-def _lowered(lifted: Tensor, lift: float) -> Tensor:
-    """In place."""
-    return lifted if lift == 1.0 else lifted.mul_(1.0 / lift)
-
-
-def _product_into(out: Tensor, a: Tensor, b: Tensor, lift: float) -> None:
-    """a · b / lift, in its operands' dtype or in fp32."""
-    options = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
-    if lift == 1.0 or out.is_cpu:
-        _lowered(torch.mm(a, b, out=out, **options), lift)
-    else:
-        torch.addmm(out, a, b, beta=0, alpha=1.0 / lift, out=out, **options)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b where the sum is complete: accumulated in fp32 inside, rounded once at most."""
-    return _wide_product(a, b) if _widens(a) or a.dtype == torch.float16 else torch.mm(a, b)
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a · b in the accumulate dtype, for products that are summed further."""
-    dtype = accumulate_dtype(a.dtype)
-    if _widens(a):
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype))
-
-
-def _widens(a: Tensor) -> bool:
-    """Whether the matrix product itself can return 16-bit operands' fp32 sums."""
-    return a.is_cuda and a.dtype in (torch.bfloat16, torch.float16)
-
-
-def _column_sums(e: Tensor, coefficients: Tensor) -> Tensor:
-    """Eᵀ · coefficients in the accumulate dtype, a tile of columns at a time."""
-    width = max(1, (4 << 20) // max(1, e.shape[0]))
-    return torch.cat([tile.to(coefficients.dtype).t() @ coefficients for tile in e.split(width, 1)])

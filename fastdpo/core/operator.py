@@ -22,8 +22,9 @@ from ..names import NAMESPACE, ops
 from . import linear
 from .autograd import differentiable_once, graph_is_kept
 from .call import Call
-from .linear import ForwardPass, Kept, Needs, RowState, Upstream
+from .linear import ForwardPass, Kept, Needs, Upstream
 from .results import LinearLogps
+from .row_state import RowState
 from .rows import Rows, selected
 
 

@@ -137,8 +137,8 @@ def test_upstream_gradients_of_any_size(size):
 
 def test_the_entropy_costs_nothing_until_it_enters_a_loss(monkeypatch):
     calls = []
-    blocks = linear._entropy_blocks
-    monkeypatch.setattr(linear, "_entropy_blocks", lambda *a: calls.append(a) or blocks(*a))
+    blocks = linear.with_entropy
+    monkeypatch.setattr(linear, "with_entropy", lambda *a: calls.append(a) or blocks(*a))
     for trained in ((True, True, False), (True, False, False)):
         hidden, weight, _, labels = make(12, 300, 16, torch.float32)
         hidden.requires_grad_()
