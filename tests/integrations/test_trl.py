@@ -59,21 +59,23 @@ def pairs():
     return datasets.Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
 
 
+SETTINGS = {  # of every trainer's configuration
+    "max_steps": STEPS,
+    "optim": "sgd",  # Adam turns roundings of vanishing gradients into whole steps
+    "learning_rate": 0.1,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "bf16": False,
+}
+
+
 def built(folder, policy, fast, reference=None, peft_config=None, **args):
-    settings = {
-        "per_device_train_batch_size": BATCH,
-        "max_steps": STEPS,
-        "optim": "sgd",  # Adam turns roundings of vanishing gradients into whole steps
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "bf16": False,
-    }
-    config = trl.DPOConfig(output_dir=str(folder), **{**settings, **args})
+    settings = {**SETTINGS, "per_device_train_batch_size": BATCH, **args}
+    config = trl.DPOConfig(output_dir=str(folder), **settings)
     trainer = trl.DPOTrainer(
         policy,
         reference,

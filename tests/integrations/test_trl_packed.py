@@ -10,6 +10,7 @@ import torch
 from sampling import sampled
 from test_trl import (
     BATCH,
+    SETTINGS,
     STEPS,
     adapter_config,
     built,
@@ -29,23 +30,10 @@ from fastdpo.integrations.trl import FastDPOConfig, FastDPOTrainer
 from fastdpo.integrations.unwrap import UnsupportedModel
 
 LAYOUTS = ("packed", "shared_prompts")
-SETTINGS = {
-    "per_device_train_batch_size": BATCH,
-    "max_steps": STEPS,
-    "optim": "sgd",
-    "learning_rate": 0.1,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "bf16": False,
-}
 
 
 def fast(folder, policy, layout, reference=None, peft_config=None, data=None, **args):
-    args = {"layout": layout, **SETTINGS, **args}
+    args = {"layout": layout, "per_device_train_batch_size": BATCH, **SETTINGS, **args}
     eval_dataset = args.pop("eval_dataset", None)
     return FastDPOTrainer(
         policy,

@@ -9,23 +9,21 @@ import importlib
 import pytest
 import torch
 from sampling import sampled
-from test_trl import BATCH, STEPS, V, built, datasets, disturbed, model, pairs, tokenizer, trl
+from test_trl import (
+    BATCH,
+    SETTINGS,
+    V,
+    built,
+    datasets,
+    disturbed,
+    model,
+    pairs,
+    tokenizer,
+    trl,
+)
 from test_trl import _fresh_accelerate as _fresh_accelerate
 
 from fastdpo.integrations.trl import add_fused_lm_head, patch, patched, use_fastdpo
-
-COMMON = {
-    "max_steps": STEPS,
-    "optim": "sgd",
-    "learning_rate": 0.1,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "bf16": False,
-}
 
 
 def texts(count, seed, low=3, high=9):
@@ -48,7 +46,7 @@ def kto(folder, policy, reference=None, peft_config=None, **args):
         for i, (p, c) in enumerate(zip(texts(16, 1), texts(16, 2), strict=True))
     ]
     config = trl.KTOConfig(
-        output_dir=str(folder), per_device_train_batch_size=4, max_length=32, **{**COMMON, **args}
+        output_dir=str(folder), per_device_train_batch_size=4, max_length=32, **{**SETTINGS, **args}
     )
     return trl.KTOTrainer(
         policy, reference, args=config, train_dataset=datasets.Dataset.from_list(rows),
@@ -61,7 +59,7 @@ def sft(folder, policy, reference=None, peft_config=None, **args):
     config = trl.SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=2,
-        **{**COMMON, "max_length": 32, **args},
+        **{**SETTINGS, "max_length": 32, **args},
     )
     return trl.SFTTrainer(
         policy, args=config, train_dataset=datasets.Dataset.from_list(rows),
@@ -77,7 +75,7 @@ def online(kind):
     def make(folder, policy, reference=None, peft_config=None, **args):
         config = getattr(trl, f"{kind}Config")(
             output_dir=str(folder), per_device_train_batch_size=4, num_generations=4,
-            max_completion_length=6, **{**COMMON, "max_steps": 2, **args},
+            max_completion_length=6, **{**SETTINGS, "max_steps": 2, **args},
         )  # fmt: skip
         policy.save_pretrained(folder / "policy")  # its reference is loaded from there
         policy = type(policy).from_pretrained(folder / "policy", dtype=torch.float32)
