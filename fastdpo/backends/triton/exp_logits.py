@@ -59,7 +59,9 @@ _SPLITS_INTERPRETED, _SETTLE_INTERPRETED = 1, {"BLOCK_C": 32, "BLOCK_D": 64}
 _OPERANDS = (
     "hidden_ptr", "weight_ptr", "hidden_stride", "weight_stride", "weight_depth_stride",
 )  # fmt: skip
-_REDUCE = {"BLOCK_N": 32, "BLOCK_T": 32}
+# A program's additions wait for one another: few steps (4 for a vocabulary of 128,256) and many
+# programs, each of a memory sector's rows.
+_REDUCE = {"BLOCK_N": 8, "BLOCK_T": 128}
 # Triton before 3.7.1 leaves out the fence that wgmma and tcgen05 need to see what cp.async copied
 # (triton-lang/triton#9610, #10537).
 _FENCES_COPIES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)

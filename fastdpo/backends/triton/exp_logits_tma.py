@@ -5,8 +5,8 @@ and the loop over D are one, so that the copies of the next tile's operands run 
 epilogue.
 
 Operations: 2·N·V·D on the tensor cores, and in the epilogue about 7·N·V on other units (24·N·V with
-a softcap). There instructions are what counts: of the sm_90 binary a warp issues 1,760 per tile of
-128 × 256 (1,940 with E, 4,130 with E and a softcap), and each scheduler those of two warps: 3,500
+a softcap). There instructions are what counts: of the sm_90 binary a warp issues 1,930 per tile of
+128 × 256 (2,100 with E, 4,340 with E and a softcap), and each scheduler those of two warps: 3,500
 to 8,300 cycles, beside the 16·D of the product, 65,536 at D = 4096. The epilogue adds 6 %, 13 %
 with a softcap, and more where D is smaller (22 % at Gemma-2-2b's 2,304 with its softcap, 27 %
 without one at 896). Nothing hides it: the warps that issue the product issue it too, and it would
@@ -63,16 +63,16 @@ def exp_logits_tma(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN
     ):
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
+        # Ahead of the product, under which they arrive: behind it every warp would wait for them.
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = rows < N
+        label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
+        anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
         products = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for d in range(depth_tiles):
             a = hidden.load([row_tile * BLOCK_M, d * BLOCK_D])
             b = weight.load([column_tile * BLOCK_V, d * BLOCK_D])
             products = multiply_add(a, b.T, products, PRECISION)
-
-        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask = rows < N
-        label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
-        anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
         sums = tile_epilogue(
             products, bias_ptr, out, 0, 0, anchor, label, rows, mask,
             row_tile * BLOCK_M, column_tile * BLOCK_V, V, inner, outer,
