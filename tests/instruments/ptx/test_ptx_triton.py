@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[2]
+# Another Triton may lie there (`.ci/run` does that with the oldest).
+_PATH = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
 _PLUGINS = ("-p", "no:cacheprovider", "-p", "benchmarks.instruments.ptx.triton_plugin")
 
 
@@ -28,7 +30,7 @@ def compiled(arch: str, path: str, *selection: str) -> subprocess.CompletedProce
             **os.environ,
             "TRITON_INTERPRET": "0",
             "FASTDPO_TRITON_PTX": arch,
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *_PATH]),
         },
         capture_output=True,
         text=True,
