@@ -88,8 +88,8 @@ def checks(args: argparse.Namespace, report: Report, end: float) -> None:
         limit = min(usual, end - time.monotonic())
         if limit < min(_LEAST, usual):
             return {"check": name, "verdict": "skipped", "words": "no time was left"}
-        options = ("--device", str(args.device), "--limit", str(limit))
-        arguments = (name, *options, "--checks-from", *args.checks_from)
+        device = ("--device", str(args.device))
+        arguments = (name, *device, "--checks-from", *args.checks_from)
         interpreted = args.device.type == "cpu"
         command = Command("benchmarks.smoke.one", arguments, interpreted, threads)
         return {"check": name, **alone(command, limit, usual)}

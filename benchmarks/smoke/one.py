@@ -11,6 +11,7 @@ import faulthandler
 import json
 import signal
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -45,13 +46,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke.one")
     parser.add_argument("name")
     parser.add_argument("--device", type=torch.device, required=True)
-    parser.add_argument("--limit", type=float, required=True)
+    parser.add_argument("--until", type=float, required=True, help="of the monotonic clock")
     parser.add_argument("--checks-from", nargs="*", default=[])
     args = parser.parse_args()
     faulthandler.enable()
+    left = max(0.1, args.until - time.monotonic())
     # Where it hangs, in time for whoever ends it to read.
-    faulthandler.dump_traceback_later(max(1.0, args.limit - 1.0))
-    signal.alarm(int(args.limit) + GRACE)
+    faulthandler.dump_traceback_later(max(0.1, left - 1.0))
+    signal.alarm(int(left) + GRACE)
     table.load(args.checks_from)
     row = answer(args.name, args.device)
     print(json.dumps(row), flush=True)

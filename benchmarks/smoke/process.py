@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 Row = dict[str, Any]
@@ -89,6 +89,8 @@ def alone(command: Command, limit: float, usual: float) -> Row:
     The row has a verdict and words, and where it failed what it wrote to stderr.
     """
     begin, status = time.monotonic(), None
+    until = ("--until", str(begin + limit))
+    command = replace(command, arguments=(*command.arguments, *until))
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         with command.started(stdout, stderr) as process:
             try:
