@@ -1,4 +1,4 @@
-"""In the place of benchmarks.smoke.times: a process that tells one time, and ends as it is asked."""
+"""In the place of benchmarks.smoke.times: it tells one time, and ends as it is asked."""
 
 from __future__ import annotations
 
