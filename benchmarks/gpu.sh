@@ -161,7 +161,7 @@ smoke() {
   local folder=$1
   shift
   within "$python" -m benchmarks.smoke "$folder" $((limit > 60 ? limit - 25 : limit - 8)) \
-    --device "$device" "$@"
+    --device "$device" "${checks[@]}" "$@"
 }
 
 # The ptxas that Triton brings is older than nvcc's, and has compiled others' kernels wrongly.
@@ -183,7 +183,7 @@ tests() {
   local marks=$1 status
   shift
   # -v names each test as it ends, so that a run that is cut off has said what failed.
-  within "$python" -m pytest "$@" -m "$marks" -v --tb=short --maxfail=60 --durations=5 \
+  within "$python" -m pytest "$@" -m "$marks" -v --tb=short --maxfail=60 --durations=5 -rfE \
     -p no:cacheprovider "${plugins[@]}" >>"$out/tests.txt" 2>&1
   status=$?
   tail -n 25 "$out/tests.txt"
@@ -205,30 +205,26 @@ look='
 import importlib.util
 import sys
 
-import torch
-
 
 def here(name):
+    return "yes" if importlib.util.find_spec(name) else "no"
+
+
+there, capability, extension = "yes", "none", "no"
+if sys.argv[1] == "cuda":
+    import torch
+
+    there = "yes" if torch.cuda.is_available() else "no"
+    if there == "yes":
+        capability = "%d.%d" % torch.cuda.get_device_capability()
     try:
-        return importlib.util.find_spec(name) is not None
+        import fastdpo._cuda
+
+        extension = "yes"
     except ImportError:
-        return False
-
-
-there = sys.argv[1] == "cpu" or torch.cuda.is_available()
-capability = "none"
-if sys.argv[1] == "cuda" and there:
-    capability = "%d.%d" % torch.cuda.get_device_capability()
-try:
-    import fastdpo._cuda
-
-    extension = "yes"
-except ImportError:
-    extension = "no"
-words = ["yes" if there else "no", capability, extension]
-words += ["yes" if here(name) else "no" for name in ("xdist", "pytest_timeout")]
-peers = ("trl.trainer.utils", "liger_kernel.chunked_loss", "cut_cross_entropy")
-print(*words, *(name for name in peers if not here(name)))
+        pass
+peers = [name for name in ("trl", "liger_kernel", "cut_cross_entropy") if here(name) == "no"]
+print(there, capability, extension, here("xdist"), here("pytest_timeout"), *peers)
 '
 
 python=${PYTHON:-}
@@ -261,10 +257,12 @@ if [ $device = cuda ]; then
   fi
   [ -z "$missing" ] || say "not here, and absent from the results: $missing"
   suite=full kernels=full tuned=quick accuracy=(--lengths 512 2048 8192) step=(--model qwen2.5-0.5b --batch-size 4) size=16GiB
-  pair=(--head llama-3-8b)
+  pair=(--head llama-3-8b) checks=()
 else
   suite=tiny kernels=tiny tuned=tiny accuracy=(--head tiny --lengths 16 32) step=(--model tiny --steps 3) size=64MiB
   pair=(--head tiny --dtype fp32 --tokens 64 --sequences 4)
+  # The interpreter takes minutes for all of them.
+  checks=(--check machine pytorch "exp_logits bf16 with E" "logits triton bf16" "step trained head")
 fi
 
 # loss OUT PROVIDER...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -335,7 +336,8 @@ def test_the_gpu_script_runs_the_stages_that_are_named(tmp_path):
 def test_the_gpu_scripts_stages_share_the_time_of_those_that_are_not_named(tmp_path):
     done = gpu_script("--cpu", str(tmp_path / "out"), "600", "build")
     assert done.returncode == 0
-    assert "build: at most 600 s" in done.stdout
+    (seconds,) = re.findall(r"build: at most (\d+) s", done.stdout)
+    assert 500 < int(seconds) <= 600  # what is left of them
 
 
 def gpu_script(*arguments):
