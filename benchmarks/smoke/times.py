@@ -129,24 +129,32 @@ def products(batch: Batch) -> Iterator[Timed]:
     yield Timed("mm of zeros", lambda i: torch.mm(zeros, w.t(), out=e), "mm", one)
 
 
-def tiles(shipped: Tile) -> dict[str, Tile]:
-    """The shipped one, and what may be faster."""
+def tiles(shipped: Tile, arch: str) -> dict[str, Tile]:
+    """The shipped one, and what may be faster and has room."""
     change = dataclasses.replace
-    two = change(shipped, **autotune.RESIDENT, halves=False)
     found = {
-        "": shipped,
-        "not flattened" if shipped.flatten else "flattened": change(
-            shipped, flatten=not shipped.flatten
-        ),
         "two chunks": change(shipped, chunks=2),
         "three stages": change(shipped, stages=3),
         "two chunks, three stages": change(shipped, chunks=2, stages=3),
         "group 8": change(shipped, group=8),
         "group 32": change(shipped, group=32),
-        "two residents": two,
-        "two residents, not flattened": change(two, flatten=False),
     }
-    return {name: tile for name, tile in found.items() if name == "" or tile != shipped}
+    if shipped.descriptors:
+        two = change(shipped, **autotune.RESIDENT, halves=False)
+        found |= {
+            _flattened(not shipped.flatten): change(shipped, flatten=not shipped.flatten),
+            "two residents": two,
+            f"two residents, {_flattened(not two.flatten)}": change(two, flatten=not two.flatten),
+        }
+    chosen = {"": shipped}
+    for name, tile in found.items():
+        if tile not in chosen.values() and autotune.has_room(tile, arch, 2):
+            chosen[name] = tile
+    return chosen
+
+
+def _flattened(flatten: bool) -> str:
+    return "flattened" if flatten else "not flattened"
 
 
 def exponentials(batch: Batch) -> Iterator[Timed]:
@@ -164,7 +172,7 @@ def exponentials(batch: Batch) -> Iterator[Timed]:
         ]
 
     asked: dict[str, list[Launch]] = {}
-    kept = tiles(shipped) if batch.weight.is_cuda else {"": shipped}
+    kept = tiles(shipped, target.arch) if batch.weight.is_cuda else {"": shipped}
     for name, tile in kept.items():
         for out in (batch.e, None) if name in ("", "two residents") else (batch.e,):
             what = f"exp_logits {'without' if out is None else 'with'} E"
