@@ -27,11 +27,11 @@
 #   ptxas       70  those checks by nvcc's ptxas: where smoke found anything wrong, or it is named
 #   ncu         45  a profile of one launch of exp_logits
 #   tests      170  the files of tests that are about kernels
-#   loss       120  the loss step against peers that compile nothing
+#   loss       120  the loss step against peers, but for torch.compile's
 #   kernels     50  exp_logits, with and without E, on every shape
 #   tune        60  looks for a faster tile: log.txt then has the line for configs.py
 #   rows        90  the other primitives on every shape
-#   compiled   160  the loss step against peers that compile
+#   compiled   160  the loss step against those of torch.compile
 #   step        60  a whole training step
 #   accuracy    45  errors against fp64
 #   max-tokens  60  the longest pair in 16 GiB
