@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("rich")
 
+from benchmarks.instruments.fake_gpu import DEVICE, FakeGPU
 from benchmarks.smoke import clock, command, process, table, times
 from fastdpo.backends.triton import autotune
 from fastdpo.backends.triton.configs import CONFIGS
@@ -152,6 +153,59 @@ def test_errors_beside_what_is_allowed():
     found.hold_bits("other", torch.tensor([1.0, nan]), torch.tensor([1.0, 2.0]))
     assert found.worst == inf
     assert str(found).startswith("other")
+
+
+class Properties:
+    multi_processor_count, L2_cache_size = 132, 50 << 20
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The path that CUDA tensors take, with the Triton kernels interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("of machines without a GPU: where there is one, smoke itself runs")
+    for name in ("synchronize", "set_sync_debug_mode"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    with FakeGPU() as fake:
+        yield fake
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch", {"mm fp32 bfloat16", "mm fp32 out= float16", "addmm", "addmm fp32"}),
+        ("step trained head, nothing kept", {"hidden max", "weight rms", "loss max"}),
+        ("step waits for nothing", {"hidden: other bits"}),
+    ],
+)
+def test_the_path_of_a_gpu(gpu, name, said):
+    found = table.load()[name].run(table.Place(DEVICE, 20, 300, 48))
+    assert said <= {error.name for error in found.errors}
+    assert found.worst <= 1.0, str(found)
+
+
+def test_what_is_timed_on_a_gpu(gpu, monkeypatch):
+    monkeypatch.setitem(times._SIZES, "cuda", (32, 515, 48))
+    monkeypatch.setattr(times, "tiles", lambda shipped, arch: {"": shipped})
+    compiled, launched = [], []
+    monkeypatch.setattr(autotune, "compile_ahead", compiled.extend)
+    monkeypatch.setattr(times, "launch", lambda launches, device: launched.extend(launches))
+    batch, names = times.Batch.make(DEVICE), []
+    for part in (times.products, times.exponentials, times.gradients, times.steps):
+        for timed in part(batch):
+            assert timed.operations > 0
+            assert timed.floor in (None, *names)
+            names.append(timed.name)
+            for i in range(2):
+                timed.step(i)
+    assert len(set(names)) == len(names) == 11
+    with_and_without = [one.arguments["out"] is not None for one in compiled]
+    assert with_and_without == [True, False]
+    hidden = [one.arguments["hidden"].base for one in launched]
+    assert hidden[0] is not hidden[1], "the batches in turn"
+    assert len(launched) == 4
+    assert {"mm dx, fp32, two blocks", "addmm dW, lifted"} <= set(names)
 
 
 def test_no_check_is_entered_twice():
