@@ -103,14 +103,14 @@ def checks(args: argparse.Namespace, report: Report, end: float) -> None:
 
 def times(args: argparse.Namespace, report: Report, end: float) -> None:
     left = end - time.monotonic()
-    verdict, words = "skipped", "no time was left"
+    ended: Row = {"verdict": "skipped", "words": "no time was left"}
     if left >= _LEAST:
         arguments = ("--device", str(args.device), "--seconds", str(left))
         threads = os.cpu_count() or 1
         command = Command("benchmarks.smoke.times", arguments, args.device.type == "cpu", threads)
-        verdict, words = streamed(command, args.limit, end, report.add)
-    if verdict != "ok":
-        report.add({"time": "the times", "verdict": verdict, "words": words})
+        ended = streamed(command, args.limit, end, report.add)
+    if ended["verdict"] != "ok":
+        report.add({"time": "the times", **ended})
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,7 +12,6 @@ import json
 import signal
 import sys
 import time
-import traceback
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch
 from benchmarks.measure import synchronize
 from benchmarks.report.documents import finite
 from benchmarks.smoke import table
-from benchmarks.smoke.process import GRACE, said
+from benchmarks.smoke.process import ASK, GRACE, failed
 
 
 def answer(name: str, device: torch.device) -> dict[str, Any]:
@@ -31,8 +30,7 @@ def answer(name: str, device: torch.device) -> dict[str, Any]:
     except table.Absent as absent:
         return {"verdict": "absent", "words": str(absent)}
     except Exception as error:
-        traceback.print_exc()
-        return {"verdict": "FAILED", "words": said(error)}
+        return failed(error)
     return {
         "verdict": "ok" if found.worst <= 1.0 else "WRONG",
         "words": str(found),
@@ -50,10 +48,8 @@ def main() -> int:
     parser.add_argument("--checks-from", nargs="*", default=[])
     args = parser.parse_args()
     faulthandler.enable()
-    left = max(0.1, args.until - time.monotonic())
-    # Where it hangs, in time for whoever ends it to read.
-    faulthandler.dump_traceback_later(max(0.1, left - 1.0))
-    signal.alarm(int(left) + GRACE)
+    faulthandler.register(ASK, all_threads=False)
+    signal.alarm(max(0, int(args.until - time.monotonic())) + GRACE)
     table.load(args.checks_from)
     row = answer(args.name, args.device)
     print(json.dumps(row), flush=True)

@@ -13,7 +13,6 @@ import json
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.kernels.comparison import ROTATE, copy_of, serving
 from benchmarks.measure import Protocol, Step, interleaved, quantiles
 from benchmarks.smoke.clock import Clock
-from benchmarks.smoke.process import GRACE, said
+from benchmarks.smoke.process import GRACE, failed, said
 from fastdpo.backends.contract import Head, LogitMap
 from fastdpo.backends.triton import autotune
 from fastdpo.backends.triton.configs import Tile, pick
@@ -71,8 +70,7 @@ class Lines:
         except OutOfResources as error:  # of a tile that nobody ships
             row |= {"verdict": "absent", "words": said(error)}
         except Exception as error:
-            traceback.print_exc()
-            row |= {"verdict": "FAILED", "words": said(error)}
+            row |= failed(error)
         else:
             seconds = taken["mine"]["median"]
             row |= {"seconds": taken["mine"], **self._clock.between(begin, time.monotonic())}
@@ -313,8 +311,7 @@ def _each(lines: Lines, name: str, part: Callable[[], Iterator[Timed]]) -> None:
         for timed in part():
             lines(timed)
     except Exception as error:
-        traceback.print_exc()
-        print(json.dumps({"time": name, "verdict": "FAILED", "words": said(error)}), flush=True)
+        print(json.dumps({"time": name, **failed(error)}), flush=True)
 
 
 def main() -> int:

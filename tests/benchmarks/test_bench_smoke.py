@@ -102,7 +102,7 @@ def test_kernels_and_paths_are_right(tmp_path):
 
 @pytest.mark.exhaustive
 def test_everything_runs_without_a_gpu(tmp_path):
-    rows, done = smoke(tmp_path, "900", "--limit", "120")
+    rows, done = smoke(tmp_path, "900", "--limit", "120", "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(table.load()) <= set(rows)
     for name, row in rows.items():
@@ -226,8 +226,9 @@ def test_the_times_of_a_process_that_ends_badly_are_kept(monkeypatch, kind, verd
     silence = 4.0 if kind == "silent" else 60.0
     found = process.streamed(run, silence, begin + 100.0, rows.append)
     assert rows == [{"time": "first", "verdict": "ok"}]
-    assert found[0] == verdict
-    assert words in found[1]
+    assert found["verdict"] == verdict
+    assert words in found["words"]
+    assert ("Traceback" in found.get("stderr", "")) == (kind == "raises")
 
 
 def test_an_error_in_one_line():
