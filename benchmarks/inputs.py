@@ -8,6 +8,7 @@ the softmax of a trained model: about one nat on most labels, a dozen on the oth
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,11 @@ class Inputs:
     @property
     def mask(self) -> Tensor:  # [2B, T]
         return self.labels != IGNORE_INDEX
+
+    @functools.cached_property
+    def row_index(self) -> Tensor:  # [N]
+        """The flattened positions that carry loss, found once: a collator knows them."""
+        return self.mask.flatten().nonzero().squeeze(1)
 
 
 def make_weight(scenario: Scenario, device: torch.device, seed: int = 0) -> Tensor:  # [V, D]

@@ -35,16 +35,6 @@ from fastdpo.backends.triton.exp_logits import STATS, Asked, prepare, tile_for
 from fastdpo.backends.triton.launch import Launch, Target, interpreted
 
 ARCHITECTURES = tuple(arch for arch in CONFIGS if arch != "interpreter")
-# Shared memory of one block at most, in bytes: NVIDIA's opt-in limit, AMD's LDS.
-SHARED_LIMIT = {
-    "sm_80": 163 << 10,
-    "sm_86": 99 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx942": 64 << 10,
-}
 # How each architecture's matrix instructions begin, in SASS or in AMD's assembly.
 TENSOR_CORE: dict[str, str | tuple[str, ...]] = {
     "sm_80": "HMMA",

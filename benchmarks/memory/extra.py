@@ -54,7 +54,11 @@ def on_cpu(provider: Provider, scenario: Scenario, timeout: float | None = None)
     """
     request: dict[str, Any] = {"scenario": scenario.as_dict(), "provider": provider.name}
     if isinstance(provider, FastDPO):
-        request |= {"backend": provider.backend, "workspace": provider.workspace}
+        request |= {
+            "backend": provider.backend,
+            "workspace": provider.workspace,
+            "rows_known": provider.rows_known,
+        }
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory.extra", json.dumps(request)],
         cwd=Path(__file__).resolve().parents[2],
@@ -74,7 +78,8 @@ def _provider(request: dict[str, Any]) -> Provider:
     from benchmarks.providers import by_name
 
     if "workspace" in request:  # any workspace, not only the registry's
-        return FastDPO(request["provider"], "", request["backend"], request["workspace"])
+        options = (request["backend"], request["workspace"], request["rows_known"])
+        return FastDPO(request["provider"], "", *options)
     return by_name([request["provider"]])[0]
 
 

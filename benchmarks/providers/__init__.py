@@ -23,6 +23,7 @@ def registry() -> list[Provider]:
     """Every provider."""
     return [
         FastDPO("fastdpo", "as it is called by default", None, None),
+        FastDPO("fastdpo-rows", "given the rows that carry loss", None, None, rows_known=True),
         FastDPO("fastdpo-w0", "workspace 0", None, 0),
         FastDPO("fastdpo-wmax", "a workspace for all of E", None, EVERYTHING),
         FastDPO("fastdpo-torch", "the torch backend", "torch", None),

@@ -18,9 +18,17 @@ EVERYTHING = 1 << 50  # a workspace that holds E of any batch
 class FastDPO(Provider):
     """One backend and one workspace; None leaves the choice to fastdpo."""
 
-    def __init__(self, name: str, summary: str, backend: str | None, workspace: int | None):
+    def __init__(
+        self,
+        name: str,
+        summary: str,
+        backend: str | None,
+        workspace: int | None,
+        rows_known: bool = False,
+    ):
         self.name, self.summary = name, f"fastdpo {fastdpo.__version__}: {summary}"
         self.backend, self.workspace = backend, workspace
+        self.rows_known = rows_known  # nothing then waits for a GPU
 
     def absent(self, device: torch.device) -> str | None:
         if self.backend is None:
@@ -51,6 +59,7 @@ class FastDPO(Provider):
             ignore_index=IGNORE_INDEX,
             workspace_bytes=self.workspace,
             backend=self.backend,
+            row_index=inputs.row_index if self.rows_known else None,
         )
         return Expected(out.loss, torch.cat([out.chosen_logps, out.rejected_logps]).detach())
 
@@ -65,4 +74,5 @@ class FastDPO(Provider):
             ignore_index=IGNORE_INDEX,
             workspace_bytes=self.workspace,
             backend=self.backend,
+            row_index=inputs.row_index if self.rows_known else None,
         )

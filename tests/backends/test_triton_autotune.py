@@ -36,10 +36,10 @@ def clock(monkeypatch):
         timed.append((a["BLOCK_M"], a["BLOCK_V"], a["BLOCK_D"], launch.warps, launch.stages))
         if launch.stages == 5:
             raise autotune.triton.OutOfResources(1 << 20, 1 << 18, "shared memory")
-        return 1.0 if timed[-1] == (128, 256, 128, 8, 3) else 2.0
+        return 1.0 if timed[-1] == (128, 256, 128, 8, 2) else 2.0
 
     monkeypatch.setattr(autotune, "_milliseconds", milliseconds)
-    monkeypatch.setattr(autotune, "_compile", lambda launches: None)
+    monkeypatch.setattr(autotune, "compile_ahead", lambda launches: None)
     monkeypatch.setattr(autotune, "_tuned", {})
     return timed
 
@@ -73,10 +73,12 @@ def test_the_fastest_serves_every_number_of_rows(clock, monkeypatch, capfd, firs
     tuned = len(clock)
     many, few = autotune.tile_of(*inputs(500), HOPPER), autotune.tile_of(*inputs(8), HOPPER)
     assert len(clock) == tuned > 10, "tuned once"
-    assert (many.depth, many.stages) == (128, 3)
+    assert (many.depth, many.stages) == (128, 2)
     assert few == many.few_rows()
     said = capfd.readouterr().err
     assert "OutOfResources" in said
+    # Each tile as it is measured, and at the end the fastest once more.
+    assert said.count(" ms, Tile(") + said.count("OutOfResources") == tuned
     line = said.strip().splitlines()[-1]
     # What is printed is a line of the table.
     assert eval(f"{{{line}}}", {"Tile": type(many)}) == {"half": many}
@@ -98,25 +100,50 @@ def test_it_says_when_nothing_runs(monkeypatch):
         raise autotune.triton.OutOfResources(2, 1, "shared memory")
 
     monkeypatch.setattr(autotune, "_milliseconds", refuse)
-    monkeypatch.setattr(autotune, "_compile", lambda launches: None)
+    monkeypatch.setattr(autotune, "compile_ahead", lambda launches: None)
     with pytest.raises(RuntimeError, match="sm_90"):
         autotune.tile_of(*inputs(70), HOPPER)
 
 
 @pytest.mark.parametrize("arch", [a for a in CONFIGS if a != "interpreter"])
 def test_candidates_are_the_shipped_tile_and_its_neighbours(arch):
-    for shipped in CONFIGS[arch].values():
-        found = autotune.candidates(shipped)
+    for kind, shipped in CONFIGS[arch].items():
+        itemsize = 2 if kind in ("half", "plain", "softcap") else 4
+        assert autotune.has_room(shipped, arch, itemsize)
+        found = autotune.candidates(shipped, arch, itemsize)
         assert found[0] == shipped
         assert len(set(found)) == len(found) > 10
         for tile in found:
-            assert (tile.descriptors, tile.flatten) == (shipped.descriptors, shipped.flatten)
+            assert tile.descriptors == shipped.descriptors
+            assert tile.flatten == shipped.flatten or tile.descriptors
             assert tile.columns % tile.chunks == 0
             # The half of 4 warps is no warpgroup: another instruction, other bits.
             assert not (tile.halves and tile.warps == 4)
             assert tile.residents == 1 or tile.descriptors
+            assert autotune.has_room(tile, arch, itemsize)
         assert any(t.halves for t in found) == shipped.halves
         assert any(t.residents == 2 for t in found) == shipped.descriptors
+        assert any(t.flatten != shipped.flatten for t in found) == shipped.descriptors
+
+
+def test_what_has_no_room_is_not_compiled():
+    hopper = pick("sm_90", "half", False)
+    change = dataclasses.replace
+    for tile in (
+        change(hopper, stages=5),  # shared memory
+        change(hopper, depth=128),
+        change(hopper, chunks=1),  # the staging buffer
+        change(hopper, residents=2),
+        change(hopper, warps=4),  # registers
+        change(hopper, rows=256, depth=32),
+    ):
+        assert not autotune.has_room(tile, "sm_90", 2), tile
+        assert tile not in autotune.candidates(hopper, "sm_90", 2)
+    assert autotune.has_room(change(hopper, depth=128, stages=2), "sm_90", 2)
+    # A wavefront has 64 threads: as many numbers are half as many each.
+    wide = change(pick("gfx942", "half", False), rows=256)
+    assert autotune.has_room(wide, "gfx942", 2)
+    assert not autotune.has_room(change(wide, stages=3), "gfx942", 2)
 
 
 def test_two_programs_a_processor():
@@ -144,7 +171,7 @@ from benchmarks.instruments.ahead_of_time import Variant, _compiling_for, exp_lo
 right = exp_logits_launches("sm_90", Variant("tf32"))[0]
 wrong = right._replace(arguments={**right.arguments, "PRECISION": "no such"})
 with _compiling_for("sm_90"):
-    autotune._compile([wrong, right])
+    autotune.compile_ahead([wrong, right])
     triton.runtime.jit.JITFunction._do_compile = None  # nothing is compiled from here on
     again = right.kernel.warmup(grid=right.grid, **right.arguments, **right.options)
     assert again.asm["cubin"]

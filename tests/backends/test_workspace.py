@@ -42,3 +42,15 @@ def test_a_compiled_step_has_room_for_any_number_of_rows(dtype, budget):
     room = workspace.workspace_elements(total, vocab, x, dtype, budget) * x.element_size()
     for n in (1, 7, 500, 999, 2048, total):
         assert kept_bytes(n, vocab, x, budget) <= room
+
+
+@pytest.mark.parametrize("n", [1, 100, 3000, 65_536])
+@pytest.mark.parametrize("dtype", LIKE)
+def test_columns_computed_again_are_whole_tiles(dtype, n):
+    """Tiles' columns divide 512: only the vocabulary's last block then needs a mask."""
+    x, vocab = LIKE[dtype], 50_257
+    columns = workspace.recompute_columns(n, vocab, x)
+    assert columns == vocab or columns % 512 == 0
+    assert 0 < columns <= vocab
+    assert columns == 512 or n * columns * x.element_size() <= 32 * MIB
+    assert workspace.recompute_columns(n, 300, x) == 300

@@ -12,10 +12,11 @@ from benchmarks.accuracy import command as accuracy
 from benchmarks.accuracy.oracle import accuracy_record, dpo_loss, oracle
 from benchmarks.inputs import BETA, IGNORE_INDEX, make_inputs
 from benchmarks.loss.runner import why_not
-from benchmarks.providers import BASELINES, by_name, registry
+from benchmarks.providers import BASELINES, by_name, ours, registry
 from benchmarks.providers.base import missing
 from benchmarks.providers.eager import Eager
 from benchmarks.scenarios import Scenario
+from fastdpo.loss import linear_dpo_loss
 
 CPU = torch.device("cpu")
 TRAINED = Scenario("tiny", 64, share=0.5, dtype="fp32", sequences=4)
@@ -86,6 +87,24 @@ def check(name, scenario, but_not=frozenset()):
     eager = BASELINES[provider.computes_reference].step(inputs)
     record = accuracy_record(got, oracle(inputs), eager)
     assert record["passes"] or name in but_not, record["broken"]
+
+
+def test_who_is_given_the_rows(monkeypatch):
+    """The flattened positions that carry loss, for one provider alone."""
+    given = {}
+
+    def loss(*arguments, row_index, **options):
+        given[name] = row_index
+        return linear_dpo_loss(*arguments, row_index=row_index, **options)
+
+    monkeypatch.setattr(ours, "linear_dpo_loss", loss)
+    inputs = make_inputs(TRAINED, CPU)
+    for name in ("fastdpo", "fastdpo-rows"):
+        by_name([name])[0].step(inputs)
+    assert given["fastdpo"] is None
+    carries = torch.zeros(inputs.labels.numel(), dtype=torch.bool)
+    carries[given["fastdpo-rows"]] = True
+    assert torch.equal(carries.view_as(inputs.labels), inputs.labels != IGNORE_INDEX)
 
 
 def test_who_runs_on_this_machine_is_not_nobody():

@@ -1,11 +1,9 @@
-"""Documents, the pages made from them, the plots, and the script for a GPU."""
+"""Documents, the pages made from them, and the plots."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -300,46 +298,3 @@ def test_suites_of_a_gpu_stop_in_time(monkeypatch, tmp_path):
     ):
         assert not loss.run(loss.parser().parse_args(arguments))["results"]
     assert limits == [570.0, 110.0, 5.0, None, None]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_the_gpu_script_says_that_there_is_no_gpu(tmp_path):
-    done = gpu_script(str(tmp_path / "out"))
-    assert done.returncode == 1
-    assert "PyTorch sees no GPU here" in done.stdout
-
-
-def test_the_gpu_script_stops_where_time_is_short(tmp_path):
-    done = gpu_script("--cpu", str(tmp_path / "out"), "1")
-    assert done.returncode == 0
-    stages = "build tests sanitizer kernels tune loss step accuracy max-tokens"
-    for name in stages.split():
-        assert f"{name}: skipped" in done.stdout
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["log.txt"]
-    for wrong in ([], ["out", "soon"], ["a", "1", "b"]):
-        assert gpu_script(*wrong).returncode == 2
-
-
-def test_the_gpu_script_runs_the_stages_that_are_named(tmp_path):
-    done = gpu_script("--cpu", str(tmp_path / "out"), "1", "kernels", "loss")
-    assert done.returncode == 0
-    for name in ("kernels", "loss"):
-        assert f"{name}: skipped" in done.stdout
-    for name in ("build", "tests", "step", "max-tokens"):
-        assert f"{name}: " not in done.stdout
-
-
-def test_the_gpu_scripts_stages_share_the_time_of_those_that_are_not_named(tmp_path):
-    done = gpu_script("--cpu", str(tmp_path / "out"), "600", "build")
-    assert done.returncode == 0
-    assert "build: at most 600 s" in done.stdout
-
-
-def gpu_script(*arguments):
-    return subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *arguments],
-        env={**os.environ, "PYTHON": sys.executable},
-        capture_output=True,
-        text=True,
-        check=False,
-    )

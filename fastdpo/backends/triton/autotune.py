@@ -23,7 +23,7 @@ from triton.runtime.errors import PTXASError
 
 from ..contract import Head
 from ..workspace import padded_empty
-from .configs import FEW_ROWS, Tile, pick
+from .configs import FEW_ROWS, SHARED_MEMORY, Tile, pick, supported_arch
 from .exp_logits import Asked, kind_of, prepare, regular, tile_for
 from .launch import Launch, Target, on_device
 
@@ -36,10 +36,11 @@ _CHOICES = {
     ("stages",): ((2,), (3,), (4,), (5,)),
     ("chunks",): ((1,), (2,), (4,)),
     ("group",): ((8,), (16,), (32,)),
+    ("flatten",): ((False,), (True,)),  # of the persistent kernel's loops
 }
 # Small enough for two programs on a processor of Hopper: the epilogue of one runs under the product
 # of the other.
-_RESIDENT: dict[str, Any] = {
+RESIDENT: dict[str, Any] = {
     "rows": 128,
     "columns": 128,
     "warps": 4,
@@ -48,6 +49,8 @@ _RESIDENT: dict[str, Any] = {
     "residents": 2,
 }
 _WARPGROUP = 4  # warps, which share one of Hopper's matrix instructions
+# Numbers of a product that a thread holds: more spill, since it has 255 registers for all it does.
+_MOST_ACCUMULATORS = 128
 _tuned: dict[tuple[str, str, bool], Tile] = {}
 
 
@@ -69,29 +72,59 @@ def tile_of(
     return tile.few_rows() if hidden.shape[0] <= FEW_ROWS < tile.rows else tile
 
 
-def candidates(shipped: Tile) -> list[Tile]:
+def candidates(shipped: Tile, arch: str, itemsize: int) -> list[Tile]:
     """The shipped tile, those that differ from it in at most two of the choices, and where tiles
-    are fed by descriptors, one for two programs a processor with its neighbours.
+    are fed by descriptors, one for two programs a processor with its neighbours; of all those, what
+    an architecture has room for with operands of this size.
     """
-    found = [shipped]
-    shipped_values = [tuple(getattr(shipped, name) for name in names) for names in _CHOICES]
-    choices = [
+    found = []
+    choices = {
+        names: values
+        for names, values in _CHOICES.items()
+        if shipped.descriptors or names != ("flatten",)
+    }
+    shipped_values = [tuple(getattr(shipped, name) for name in names) for names in choices]
+    ordered = [
         (own, *(c for c in others if c != own))
-        for own, others in zip(shipped_values, _CHOICES.values(), strict=True)
+        for own, others in zip(shipped_values, choices.values(), strict=True)
     ]
-    for values in itertools.product(*choices):
+    for values in itertools.product(*ordered):
         changes = [
             dict(zip(names, value, strict=True))
-            for names, value, own in zip(_CHOICES, values, shipped_values, strict=True)
+            for names, value, own in zip(choices, values, shipped_values, strict=True)
             if value != own
         ]
         if 0 < len(changes) <= 2:
             changed = {k: v for change in changes for k, v in change.items()}
             found.append(dataclasses.replace(shipped, **changed))
     if shipped.descriptors:
-        resident = dataclasses.replace(shipped, **_RESIDENT)
-        found += [dataclasses.replace(resident, group=group) for (group,) in _CHOICES["group",]]
-    return [_halving(tile) for tile in found]
+        resident = dataclasses.replace(shipped, **RESIDENT)
+        groups = [group for (group,) in _CHOICES["group",]]
+        found += [
+            dataclasses.replace(resident, group=group, flatten=flatten)
+            for group, flatten in itertools.product(groups, (shipped.flatten, not shipped.flatten))
+        ]
+    return [shipped, *(_halving(tile) for tile in found if has_room(tile, arch, itemsize))]
+
+
+def has_room(tile: Tile, arch: str, itemsize: int) -> bool:
+    """Whether a tile can have the shared memory and the registers that it takes at least, by
+    arithmetic: a compiler that finds it out takes seconds for each.
+    """
+    lanes = 64 if arch.startswith("gfx") else 32
+    if tile.rows * tile.columns > _MOST_ACCUMULATORS * tile.warps * lanes:
+        return False
+    limit = SHARED_MEMORY[str(supported_arch(arch))]
+    return tile.residents * least_shared(tile, itemsize) <= limit
+
+
+def least_shared(tile: Tile, itemsize: int) -> int:
+    """Bytes of shared memory that a program takes at least, barriers left out."""
+    operands = (tile.rows + tile.columns) * tile.depth * itemsize
+    if not tile.descriptors:  # what was copied last may be in registers
+        return (tile.stages - 1) * operands
+    # And the staging buffer of E's stores.
+    return tile.stages * operands + tile.rows * (tile.columns // tile.chunks) * itemsize
 
 
 def _halving(tile: Tile) -> Tile:
@@ -111,27 +144,35 @@ def _fastest(
     labels, anchor = rows % head.vocab_size, x.new_zeros(_ROWS, dtype=torch.float32)
     # With E, so that a tile without the registers or the shared memory to store it cannot win.
     out = padded_empty(_ROWS, head.vocab_size, x)
-    tiles = candidates(shipped)
+    tiles = candidates(shipped, target.arch, x.element_size())
     asked = Asked(x, head, labels, anchor, fixed_anchor=True, out=out)
     launches = [prepare(asked, target, tile).launches[0] for tile in tiles]
-    _compile(launches)
+    compile_ahead(launches)
     timed: list[tuple[float, Tile]] = []
     for tile, launch in zip(tiles, launches, strict=True):
         try:
-            timed.append((_milliseconds(launch), tile))
+            milliseconds = _milliseconds(launch)
         except (triton.OutOfResources, triton.CompilationError, PTXASError) as refusal:
-            print(f"fastdpo autotune: {tile}: {type(refusal).__name__}", file=sys.stderr)
+            _say(f"fastdpo autotune: {tile}: {type(refusal).__name__}")
+            continue
+        _say(f"fastdpo autotune: {milliseconds:.3f} ms, {tile}")
+        timed.append((milliseconds, tile))
     if not timed:
         raise RuntimeError(f"fastdpo autotune: no tile of {key} compiles and fits")
     milliseconds, best = min(timed, key=lambda entry: entry[0])
-    print(f"fastdpo autotune {key}: {milliseconds:.3f} ms", file=sys.stderr)
+    _say(f"fastdpo autotune {key}: {milliseconds:.3f} ms")
     _, kind, softcap = key
     name = "softcap" if softcap and kind == "half" else kind
-    print(f"        {name!r}: {best!r},", file=sys.stderr)
+    _say(f"        {name!r}: {best!r},")
     return best
 
 
-def _compile(launches: list[Launch]) -> None:
+def _say(line: str) -> None:
+    """At once: what was found is told, whatever ends the process."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def compile_ahead(launches: list[Launch]) -> None:
     """All of them, side by side; one that does not compile will say so when it is timed."""
     pool = ThreadPoolExecutor(os.cpu_count())
     with pool, triton.AsyncCompileMode(pool, ignore_errors=True):

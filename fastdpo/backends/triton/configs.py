@@ -139,6 +139,16 @@ CONFIGS: dict[str, dict[str, Tile]] = {
 }
 
 FEW_ROWS = 64
+# Of one program at most, in bytes: NVIDIA's opt-in limit, AMD's LDS.
+SHARED_MEMORY = {
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx942": 64 << 10,
+}
 
 
 def supported_arch(arch: str) -> str | None:

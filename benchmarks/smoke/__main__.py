@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.smoke.command import main
+
+sys.exit(main())
