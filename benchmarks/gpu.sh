@@ -167,7 +167,9 @@ if [ $device = cuda ]; then
   if [ -z "${FASTDPO_COMMIT:-}" ] && ! git rev-parse HEAD >/dev/null 2>&1; then
     say "the commit is unknown: results will not name it (set FASTDPO_COMMIT)"
   fi
-  for peer in trl.trainer.utils liger_kernel.chunked_loss cut_cross_entropy; do
+  for peer in trl.trainer.utils liger_kernel.chunked_loss cut_cross_entropy \
+    liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 \
+    flash_attn.ops.triton.cross_entropy; do
     "$python" -c "import $peer" 2>>"$log" || say "$peer cannot be imported: absent from the results"
   done
 fi
@@ -177,8 +179,9 @@ stage tests 20 tests "gpu and not slow"
 stage sanitizer 20 tests "gpu and slow"
 stage kernels 20 benchmark kernels --suite "$kernels" --device "$device" --out "$out/kernels"
 stage loss 20 benchmark loss --suite "$suite" --device "$device" --no-plots --out "$out/loss" \
-  --providers fastdpo fastdpo-w0 eager compiled trl-selective trl-chunked liger-1 \
-  liger-1-compiled cce cce-exact
+  --providers fastdpo fastdpo-w0 eager compiled trl-selective torch-lce torch-lce-chunked \
+  torch-lce-twice trl-chunked liger-1 liger-1-compiled liger-scaled liger-sm90 flash-attn \
+  cce cce-exact
 FASTDPO_AUTOTUNE=1 stage tune 30 benchmark kernels --suite "$tuned" --device "$device" \
   --primitives exp_logits "exp_logits with E" --out "$out/tuned"
 stage step 30 benchmark step --device "$device" "${step[@]}" --no-plots --out "$out/step"
