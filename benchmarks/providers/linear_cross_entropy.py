@@ -92,7 +92,8 @@ class LinearCrossEntropySum(Provider):
 
 class LinearCrossEntropySumTwice(LinearCrossEntropySum):
     """The sums without gradients, the loss of them, and then each sequence's gradients, scaled as
-    the loss wants them: no more than one [V, D] beside the gradient itself.
+    the loss wants them: at most two [V, D] beside the gradient itself, a sequence's and the zeros
+    that autograd passes to its backward, which does not read them.
     """
 
     name = "torch-lce-twice"
@@ -109,15 +110,21 @@ class LinearCrossEntropySumTwice(LinearCrossEntropySum):
         (upstream,) = torch.autograd.grad(loss, logps)
         out.hidden = torch.zeros_like(hidden)
         out.weight = torch.zeros_like(weight) if inputs.weight.requires_grad else None
-        for s, labels in enumerate(inputs.labels):
-            mask = labels != IGNORE_INDEX
-            part = replace(inputs, hidden=hidden[s][mask].requires_grad_())
-            nll = _nll(part.hidden, part.weight, labels[mask], "sum", "auto")
-            grads = torch.autograd.grad(nll, part.trained, -upstream[s])
-            out.hidden[s, mask] = grads[0]
-            if out.weight is not None:
-                out.weight += grads[1]
+        for s in range(len(inputs.labels)):
+            self._add_gradients(out, inputs, s, -upstream[s])
         return out
+
+    @staticmethod
+    def _add_gradients(out: Expected, inputs: Inputs, s: int, upstream: Tensor) -> None:
+        """Of sequence `s`; nothing of it is left when this returns."""
+        mask = inputs.mask[s]
+        part = replace(inputs, hidden=inputs.hidden.detach()[s][mask].requires_grad_())
+        nll = _nll(part.hidden, part.weight, inputs.labels[s][mask], "sum", "auto")
+        grads = torch.autograd.grad(nll, part.trained, upstream)
+        assert out.hidden is not None
+        out.hidden[s, mask] = grads[0]
+        if out.weight is not None:
+            out.weight += grads[1]
 
 
 def _sums(

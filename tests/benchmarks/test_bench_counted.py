@@ -107,14 +107,15 @@ def test_linear_cross_entropy_is_what_its_strategies_keep():
         for p in by_name([*names, "torch-lce-sum", "torch-lce-twice"])
     }
     logits = rows * 128_256 * 2
-    assert 2 * logits < found["torch-lce"] < 3.5 * logits
-    assert found["torch-lce-chunked"] < logits / 4
-    # An fp32 product of the head's size beside the gradient.
-    assert 4 * head < found["torch-lce-balanced"] < 4 * head + logits / 4
-    assert 4 * head < found["torch-lce-accurate"] < 4 * head + logits / 2
-    # The heads' gradients, of all sequences until the backward; of one.
-    assert 7 * 2 * head < found["torch-lce-sum"] < 9.5 * 2 * head
-    assert 2 * head < found["torch-lce-twice"] < 2.5 * 2 * head
+    assert 1.9 * logits < found["torch-lce"] < 2.5 * logits
+    assert found["torch-lce-chunked"] < logits / 8
+    # A chunk's gradient of the head in fp32; and the head itself in fp32.
+    assert 4 * head < found["torch-lce-balanced"] < 4 * head + logits / 8
+    assert 8 * head < found["torch-lce-accurate"] < 8 * head + logits / 8
+    # The heads' gradients, of all sequences until the backward; of one, beside as many zeros, which
+    # autograd makes for the gradients of these gradients and PyTorch does not read.
+    assert 7.5 * 2 * head < found["torch-lce-sum"] < 8.5 * 2 * head
+    assert 2 * 2 * head < found["torch-lce-twice"] < 2.1 * 2 * head
 
 
 def test_a_peer_that_cannot_be_imported_here_is_absent():
