@@ -222,6 +222,26 @@ def test_the_headline_has_every_row_and_a_peer_that_is_faster():
     assert len(readme_table.table(without).splitlines()) == 6
 
 
+def test_the_best_peer_of_the_headline_is_marked_where_it_breaks_the_rule():
+    docs = documents.load_all()
+    rows = [r for r in docs["counted"]["results"] if "extra_bytes" in r]
+    peers = {
+        r["provider"]: r["extra_bytes"]
+        for r in rows
+        if r["scenario"]["name"] == "llama-3-8b 8k 50% head bf16"
+        and r["provider"] != "eager"
+        and "fastdpo" not in r["provider"]
+    }
+    first, second, *_ = sorted(peers, key=lambda name: peers[name])
+    row = {"provider": first, "status": "ok", "passes": True}
+    docs = {"counted": docs["counted"], "a": {"kind": "accuracy", "results": [row]}}
+    assert f"(`{first}`) |" in readme_table.table(docs)
+    docs["a"]["results"] = [row | {"passes": False}]
+    line = readme_table.table(docs).splitlines()[2]
+    assert f"(`{first}`, inaccurate)" in line
+    assert f"(`{second}`) |" in line
+
+
 def test_every_kind_of_document_has_a_section():
     assert set(report.MARKDOWN) == set(documents.KINDS)
 
