@@ -233,13 +233,21 @@ def test_the_best_peer_of_the_headline_is_marked_where_it_breaks_the_rule():
         and "fastdpo" not in r["provider"]
     }
     first, second, *_ = sorted(peers, key=lambda name: peers[name])
-    row = {"provider": first, "status": "ok", "passes": True}
-    docs = {"counted": docs["counted"], "a": {"kind": "accuracy", "results": [row]}}
-    assert f"(`{first}`) |" in readme_table.table(docs)
-    docs["a"]["results"] = [row | {"passes": False}]
-    line = readme_table.table(docs).splitlines()[2]
-    assert f"(`{first}`, inaccurate)" in line
-    assert f"(`{second}`) |" in line
+
+    def headline(**passes):
+        results = [{"provider": n, "status": "ok", "passes": p} for n, p in passes.items()]
+        shown = {"counted": docs["counted"], "a": {"kind": "accuracy", "results": results}}
+        return readme_table.table(shown).splitlines()[2].split(" | ")[3]
+
+    best, then = f"(`{first}`)", f"(`{second}`)"
+    assert headline().endswith(best)
+    assert headline(**{first: True, second: True}).endswith(best)
+    both = headline(**{second: True})  # nobody has measured the first one's
+    assert best in both
+    assert both.endswith(then)
+    marked = headline(**{first: False, second: True})
+    assert f"(`{first}`, inaccurate)" in marked
+    assert marked.endswith(then)
 
 
 def test_every_kind_of_document_has_a_section():
