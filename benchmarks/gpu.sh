@@ -223,7 +223,8 @@ if sys.argv[1] == "cuda":
         extension = "yes"
     except ImportError:
         pass
-peers = [name for name in ("trl", "liger_kernel", "cut_cross_entropy") if here(name) == "no"]
+peers = [name for name in ("trl", "liger_kernel", "cut_cross_entropy", "flash_attn")
+         if here(name) == "no"]
 print(there, capability, extension, here("xdist"), here("pytest_timeout"), *peers)
 '
 
@@ -292,7 +293,7 @@ elif wanted ncu; then
 fi
 stage tests 20 tests "gpu and not slow" "${files[@]}"
 stage loss 20 loss "$out/loss" fastdpo fastdpo-rows fastdpo-w0 eager trl-selective trl-chunked \
-  liger-1 cce cce-exact
+  torch-lce torch-lce-chunked liger-1 liger-scaled liger-sm90 flash-attn cce cce-exact
 stage kernels 20 primitives "$out/kernels" "$kernels" exp_logits "exp_logits with E"
 FASTDPO_AUTOTUNE=1 stage tune 30 primitives "$out/tuned" "$tuned" exp_logits "exp_logits with E"
 stage rows 20 primitives "$out/rows" "$kernels" target_logits logits_logps logits_logps_backward \

@@ -12,7 +12,9 @@ allocates, and that it never mixes devices. The Triton kernels run through the i
 
 With `data=False` floating-point tensors hold no data, and may have a real model's size: what is
 allocated can be counted in seconds. Integers and masks keep theirs, so that labels still select;
-Triton kernels are then not run, and a number that the host reads from no data is 0.
+Triton kernels are then not run, and a number that the host reads from no data is 0. PyTorch's own
+operators that are written in Python (linear_cross_entropy's) are run operation by operation, so
+that what they allocate inside counts.
 
 Not shown: what a kernel computes on a GPU, streams, and memory inside an operator.
 """
@@ -25,6 +27,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
@@ -142,6 +145,8 @@ class FakeGPU(TorchDispatchMode):
             return func(*args, **kwargs)
 
         _check_devices(func, tensors)
+        if func.namespace == "torch_nn":
+            return self._inside(func, args, kwargs)
         if _waits(func, args, kwargs, to_device):
             self.waits.append(str(func))
         result = self._compute(func, args, kwargs, to_device)
@@ -151,6 +156,15 @@ class FakeGPU(TorchDispatchMode):
         if func.namespace == "aten" and there:
             result = return_and_correct_aliasing(func, args, kwargs, result)
         return result
+
+    def _inside(self, func, args, kwargs) -> Any:
+        """An operator's Python, under this mode as its caller was."""
+        definition = OPDEFS[func.name()]
+        TorchDispatchMode.__enter__(self)
+        try:
+            return definition._init_fn(*args, **kwargs)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
 
     def _compute(self, func, args, kwargs, to_device: bool) -> Any:
         args, kwargs = tree_map(lambda x: x.inner if isinstance(x, OnDevice) else x, (args, kwargs))

@@ -35,8 +35,10 @@ METHOD = (
     "gradients; counted on tensors without data"
 )
 PROVIDERS = (
-    *("fastdpo", "fastdpo-w0", "eager", "compiled", "trl-selective", "trl-chunked"),
-    *("liger-1", "cce", "cce-exact"),
+    *("fastdpo", "fastdpo-w0", "eager", "compiled", "trl-selective", "torch-lce"),
+    *("torch-lce-chunked", "torch-lce-balanced", "torch-lce-accurate", "torch-lce-sum"),
+    *("torch-lce-twice", "trl-chunked", "liger-1", "liger-scaled", "liger-sm90", "flash-attn"),
+    *("cce", "cce-exact"),
 )
 _LLAMA = Scenario("llama-3-8b", 8192, share=0.5)
 SCENARIOS = [
@@ -81,6 +83,10 @@ def row(provider: Provider, scenario: Scenario) -> dict[str, Any]:
     }
     if provider.compiles:  # what a compiler fuses, and CCE's kernels, happen on a real GPU only
         return found | {"status": "absent", "reason": "what it allocates is its compiler's choice"}
+    with FakeGPU(data=False):
+        reason = provider.absent(DEVICE)
+    if reason:
+        return found | {"status": "absent", "reason": reason}
     reason = provider.refuses(scenario)
     if reason:
         return found | {"status": "refused", "reason": reason}

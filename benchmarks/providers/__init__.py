@@ -9,7 +9,13 @@ from __future__ import annotations
 from benchmarks.providers.base import LogpsProvider, Provider
 from benchmarks.providers.cce import CutCrossEntropy
 from benchmarks.providers.eager import Compiled, Eager, EagerReference, SelectiveLogSoftmax
-from benchmarks.providers.liger import Liger
+from benchmarks.providers.flash_attn import FlashAttention
+from benchmarks.providers.liger import Liger, LigerScaledCrossEntropy
+from benchmarks.providers.linear_cross_entropy import (
+    LinearCrossEntropy,
+    LinearCrossEntropySum,
+    LinearCrossEntropySumTwice,
+)
 from benchmarks.providers.ours import EVERYTHING, FastDPO
 from benchmarks.providers.trl import TRLChunked
 
@@ -32,10 +38,39 @@ def registry() -> list[Provider]:
         Eager(),
         SelectiveLogSoftmax(),
         Compiled(),
+        LinearCrossEntropy(
+            "torch-lce", "PyTorch: linear_cross_entropy as called by default: all logits", None
+        ),
+        LinearCrossEntropy(
+            "torch-lce-chunked",
+            "PyTorch: linear_cross_entropy in chunks, with its own choice of a policy",
+            "auto",
+        ),
+        # Its third policy, "compact", is what it chooses in fp32 and on a GPU; on a CPU it is
+        # "balanced" in 16 bits.
+        LinearCrossEntropy(
+            "torch-lce-balanced",
+            'PyTorch: linear_cross_entropy in chunks, the policy "balanced"',
+            "balanced",
+        ),
+        LinearCrossEntropy(
+            "torch-lce-accurate",
+            'PyTorch: linear_cross_entropy in chunks, the policy "accurate"',
+            "accurate",
+        ),
+        LinearCrossEntropySum(),
+        LinearCrossEntropySumTwice(),
         TRLChunked(),
         Liger(1, compiled=True),
         Liger(1, compiled=False),
         Liger(None, compiled=True),
+        LigerScaledCrossEntropy(
+            "liger-scaled", "Liger-Kernel's scaled cross-entropy, in PyTorch by 512 rows", False
+        ),
+        LigerScaledCrossEntropy(
+            "liger-sm90", "Liger-Kernel's scaled cross-entropy, its CuTe kernels for Hopper", True
+        ),
+        FlashAttention(),
         CutCrossEntropy(
             "cce", "Cut Cross-Entropy, its default: small gradients filtered out", "cce"
         ),

@@ -19,6 +19,7 @@ class Provider(ABC):
 
     name: str
     summary: str
+    cannot = ""  # of what a DPO step may want, in the words of docs/benchmarks.md
     # Cannot be given the reference's log-probabilities: runs its forward, one product more.
     computes_reference = False
     compiles = False  # the first call of a shape compiles
@@ -71,6 +72,13 @@ class LogpsProvider(Provider):
         tokens = self.token_logps(inputs.hidden, inputs.weight, inputs.labels, softcap)
         logps = tokens.sum(-1)
         return Expected(dpo_loss(logps, ref_logps), logps.detach(), token_logps=tokens.detach())
+
+
+def scattered(
+    tokens: Tensor,  # [N], of the rows that carry loss
+    mask: Tensor,  # [2B, T]
+) -> Tensor:  # [2B, T], 0 where ignored
+    return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
 
 
 def no_compiler(device: torch.device) -> str | None:

@@ -15,6 +15,11 @@ class CutCrossEntropy(LogpsProvider):
     def __init__(self, name: str, summary: str, impl: str, filter_eps: str | None = "auto"):
         self.name, self.summary = name, summary
         self.impl, self.filter_eps = impl, filter_eps
+        self.cannot = "no scale of the logits"
+        if impl == "cce":
+            self.cannot += "; CUDA alone"
+        if filter_eps is not None and impl == "cce":
+            self.cannot += "; gradients that it takes for small are left out"
         self.compiles = True  # it compiles parts of itself in either implementation
 
     def absent(self, device: torch.device) -> str | None:

@@ -8,6 +8,8 @@ from torch import Tensor
 from benchmarks.inputs import IGNORE_INDEX, capped
 from benchmarks.providers.base import LogpsProvider, missing, no_compiler
 
+_WRITES = "writes all logits, those of rows without loss too"
+
 
 def _masked(tokens: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels != IGNORE_INDEX, tokens, tokens.new_zeros(()))
@@ -33,6 +35,7 @@ def eager_token_logps(
 class Eager(LogpsProvider):
     name = "eager"
     summary = "PyTorch as in the original DPO repository: fp32 log_softmax of all logits"
+    cannot = _WRITES
 
     def token_logps(self, hidden, weight, labels, softcap):
         return eager_token_logps(hidden, weight, labels, softcap)
@@ -47,6 +50,7 @@ class EagerReference(Eager):
 class Compiled(LogpsProvider):
     name = "compiled"
     summary = "torch.compile of eager"
+    cannot = _WRITES
     compiles = True
 
     def absent(self, device: torch.device) -> str | None:
@@ -62,6 +66,7 @@ class Compiled(LogpsProvider):
 class SelectiveLogSoftmax(LogpsProvider):
     name = "trl-selective"
     summary = "TRL before its chunked path: selective_log_softmax of all logits, in their dtype"
+    cannot = _WRITES + "; in 16 bits what it returns is rounded to 16 bits"
 
     def absent(self, device: torch.device) -> str | None:
         return missing("trl.trainer.utils")

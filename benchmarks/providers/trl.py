@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.inputs import IGNORE_INDEX
-from benchmarks.providers.base import LogpsProvider, missing
+from benchmarks.providers.base import LogpsProvider, missing, scattered
 
 
 class TRLChunked(LogpsProvider):
     name = "trl-chunked"
     summary = "TRL 1.16: ChunkedLogProbFunction, logits in tiles of 4096 × 32768, recomputed"
+    cannot = "on a CPU computes the rows without loss too"
 
     def absent(self, device: torch.device) -> str | None:
         return missing("trl.kernels.chunked_logprob") or missing("trl.trainer.utils")
@@ -29,5 +30,5 @@ class TRLChunked(LogpsProvider):
             rows, weight, None, targets, 1.0, utils._CHUNKED_LOGPROB_CHUNK_SIZE, softcap, 1.0, ()
         )[0]
         if compact:
-            return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
+            return scattered(tokens, mask)
         return torch.where(mask, tokens.view(mask.shape), tokens.new_zeros(()))

@@ -1,8 +1,8 @@
 """python -m benchmarks.report: docs/benchmarks.md and the README's table from results/*.json.
 
     python -m benchmarks.report            print the page's section
-    python -m benchmarks.report --write    write both between their markers
-    python -m benchmarks.report --check    exit with 1 where either says anything else
+    python -m benchmarks.report --write    write figures and peers between their markers
+    python -m benchmarks.report --check    exit with 1 where any of them says anything else
     python -m benchmarks.report --plots    draw the plots again from the JSON
 
 Every figure comes from the documents; a peer that is faster or smaller than fastdpo is named under
@@ -20,7 +20,7 @@ from benchmarks.accuracy import shown as accuracy
 from benchmarks.kernels import shown as kernels
 from benchmarks.loss import shown as loss
 from benchmarks.memory import shown as memory
-from benchmarks.report import documents, readme_table
+from benchmarks.report import documents, peers, readme_table
 from benchmarks.report.documents import RESULTS
 from benchmarks.step import shown as step
 from benchmarks.workspace import shown as workspace
@@ -28,6 +28,7 @@ from benchmarks.workspace import shown as workspace
 ROOT = RESULTS.parent.parent
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+PEERS_BEGIN, PEERS_END = "<!-- peers:begin -->", "<!-- peers:end -->"
 HEADLINE_BEGIN, HEADLINE_END = "<!-- headline:begin -->", "<!-- headline:end -->"
 MARKDOWN = {
     "loss": loss.markdown,
@@ -121,12 +122,13 @@ def main() -> None:
         return
     for path, text, begin, end in (
         (args.page, section, BEGIN, END),
+        (args.page, peers.table(), PEERS_BEGIN, PEERS_END),
         (args.readme, readme_table.table(docs), HEADLINE_BEGIN, HEADLINE_END),
     ):
         if args.write:
             path.write_text(with_section(path.read_text(), text, begin, end))
         elif section_of(path.read_text(), begin, end) != text:
-            sys.exit(f"{path}: the figures are not those of benchmarks/results: run --write")
+            sys.exit(f"{path}: not what benchmarks/results and the providers say: run --write")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,21 @@ from benchmarks.environment import describe
 from benchmarks.report.documents import origin
 
 # The columns of the loss table: every peer once, in its best known form per device.
-_COLUMNS = ("fastdpo", "fastdpo-w0", "eager", "compiled", "trl-chunked", "liger-1", "cce-compile")
+_COLUMNS = (
+    *("fastdpo", "fastdpo-w0", "eager", "compiled", "torch-lce-chunked", "trl-chunked", "liger-1"),
+    *("liger-scaled", "cce-compile"),
+)
 _COLUMNS_GPU = (
-    *("fastdpo", "fastdpo-w0", "eager", "compiled", "trl-chunked", "liger-1-compiled"),
-    *("cce", "cce-exact"),
+    *("fastdpo", "fastdpo-w0", "eager", "compiled", "torch-lce-chunked", "trl-chunked"),
+    *("liger-1-compiled", "liger-scaled", "liger-sm90", "flash-attn", "cce", "cce-exact"),
 )
 
 
 def peers(doc: dict[str, Any]) -> tuple[str, ...]:
-    return _COLUMNS_GPU if doc["environment"]["device"] == "cuda" else _COLUMNS
+    """Those of the columns that the document has."""
+    columns = _COLUMNS_GPU if doc["environment"]["device"] == "cuda" else _COLUMNS
+    there = {r["provider"] for r in doc["results"]}
+    return tuple(c for c in columns if c in there)
 
 
 def by_scenario(doc: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.environment import environment
 from benchmarks.memory import command as counted
@@ -94,3 +95,29 @@ def test_a_wrong_scenario_is_refused(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             counted.main()
         assert "should be" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs PyTorch 2.13 or later")
+def test_linear_cross_entropy_is_what_its_strategies_keep():
+    scenario = Scenario("llama-3-8b", 8192, share=0.5)
+    names = ("torch-lce", "torch-lce-chunked", "torch-lce-balanced", "torch-lce-accurate")
+    rows, head = scenario.loss_tokens, 128_256 * 4096
+    found = {
+        p.name: counted.extra_bytes(p, scenario)
+        for p in by_name([*names, "torch-lce-sum", "torch-lce-twice"])
+    }
+    logits = rows * 128_256 * 2
+    assert 1.9 * logits < found["torch-lce"] < 2.5 * logits
+    assert found["torch-lce-chunked"] < logits / 8
+    # A chunk's gradient of the head in fp32; and the head itself in fp32.
+    assert 4 * head < found["torch-lce-balanced"] < 4 * head + logits / 8
+    assert 8 * head < found["torch-lce-accurate"] < 8 * head + logits / 8
+    # The heads' gradients, of all sequences until the backward; of one, beside as many zeros, which
+    # autograd makes for the gradients of these gradients and PyTorch does not read.
+    assert 7.5 * 2 * head < found["torch-lce-sum"] < 8.5 * 2 * head
+    assert 2 * 2 * head < found["torch-lce-twice"] < 2.1 * 2 * head
+
+
+def test_a_peer_that_cannot_be_imported_here_is_absent():
+    for provider in by_name(["flash-attn", "liger-sm90"]):
+        assert counted.row(provider, counted.SCENARIOS[0])["status"] == "absent"

@@ -16,7 +16,7 @@ from benchmarks.loss import runner
 from benchmarks.measure import Deadline, Protocol
 from benchmarks.providers.base import missing
 from benchmarks.report import command as report
-from benchmarks.report import documents, readme_table
+from benchmarks.report import documents, peers, readme_table
 from benchmarks.scenarios import Scenario
 from benchmarks.workspace import command as workspace
 from benchmarks.workspace import shown
@@ -181,9 +181,23 @@ def test_the_documented_figures_are_those_of_the_results():
     docs = documents.load_all()
     section = report.section_of(report.PAGE.read_text())
     assert section == report.render(docs), "run python -m benchmarks.report --write"
+    listed = report.section_of(report.PAGE.read_text(), report.PEERS_BEGIN, report.PEERS_END)
+    assert listed == peers.table(), "run python -m benchmarks.report --write"
     markers = report.HEADLINE_BEGIN, report.HEADLINE_END
     table = report.section_of(report.README.read_text(), *markers)
     assert table == readme_table.table(docs), "run python -m benchmarks.report --write"
+
+
+def test_every_peer_is_listed_with_what_it_cannot_do():
+    lines = peers.table().splitlines()[2:]
+    assert len(lines) == len({line.split(" | ")[0] for line in lines}) > 15
+    assert not any("fastdpo" in line.split(" | ")[0] for line in lines)
+    assert all(len(line.strip("| ").split(" | ")) == 3 for line in lines)
+
+
+def test_the_loss_table_has_the_columns_that_were_measured(loss_doc):
+    section = report.render({"cpu-loss": loss_doc})
+    assert "| scenario | floor | `fastdpo` | `eager` |" in section
 
 
 def test_the_headline_has_every_row_and_a_peer_that_is_faster():
@@ -204,6 +218,34 @@ def test_the_headline_has_every_row_and_a_peer_that_is_faster():
     without = {k: d for k, d in docs.items() if k != "counted"}
     # Nothing is claimed that is not there.
     assert len(readme_table.table(without).splitlines()) == 6
+
+
+def test_the_best_peer_of_the_headline_is_marked_where_it_breaks_the_rule():
+    docs = documents.load_all()
+    rows = [r for r in docs["counted"]["results"] if "extra_bytes" in r]
+    peers = {
+        r["provider"]: r["extra_bytes"]
+        for r in rows
+        if r["scenario"]["name"] == "llama-3-8b 8k 50% head bf16"
+        and r["provider"] != "eager"
+        and "fastdpo" not in r["provider"]
+    }
+    first, second, *_ = sorted(peers, key=lambda name: peers[name])
+
+    def headline(**passes):
+        results = [{"provider": n, "status": "ok", "passes": p} for n, p in passes.items()]
+        shown = {"counted": docs["counted"], "a": {"kind": "accuracy", "results": results}}
+        return readme_table.table(shown).splitlines()[2].split(" | ")[3]
+
+    best, then = f"(`{first}`)", f"(`{second}`)"
+    assert headline().endswith(best)
+    assert headline(**{first: True, second: True}).endswith(best)
+    both = headline(**{second: True})  # nobody has measured the first one's
+    assert best in both
+    assert both.endswith(then)
+    marked = headline(**{first: False, second: True})
+    assert f"(`{first}`, inaccurate)" in marked
+    assert marked.endswith(then)
 
 
 def test_every_kind_of_document_has_a_section():

@@ -8,6 +8,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hf_models import batch, build
 from oracle import eager_logps
 from test_linear_logps import HEADS, check, make
@@ -64,6 +65,28 @@ def test_the_pretence_itself():
         del z
         assert gpu.bytes() == before
         assert gpu.peak_bytes == before + 4000
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs PyTorch 2.13 or later")
+def test_what_an_operator_of_pytorchs_own_does_inside_is_seen():
+    hidden, weight = torch.randn(64, 32).bfloat16(), torch.randn(500, 32).bfloat16()
+    labels = torch.randint(500, (64,))
+    options = torch.nn.LinearCrossEntropyOptions(
+        acc_policy="compact", acc_dtype=torch.float32, chunking_method=None, batch_chunk_size=16
+    )
+    with FakeGPU() as gpu:
+        leaves = [gpu.put(t.requires_grad_()) for t in (hidden, weight)]
+        there = gpu.put(labels)
+        before = gpu.reset_peak()
+        nll = F.linear_cross_entropy(*leaves, there, reduction="none", options=options)
+        assert 16 * 500 * 4 < gpu.peak_bytes - before < 20 * 500 * 4  # a chunk's logits in fp32
+        grads = [gpu.get(g) for g in torch.autograd.grad(nll.sum(), leaves)]
+        nll = gpu.get(nll)
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="none")
+    torch.testing.assert_close(nll.double(), expected.detach(), rtol=2**-8, atol=2**-8)
+    for mine, theirs in zip(grads, torch.autograd.grad(expected.sum(), exact), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=0.02, atol=0.02)
 
 
 # ---- The path that CUDA tensors take: 16-bit operands with fp32 results
