@@ -283,9 +283,13 @@ def _check(config: FastDPOConfig, given: Mapping[str, Any]) -> None:
         if isinstance(given.get("train_dataset"), IterableDataset):
             should = "None for a data set that is read in its own order"
             checks.fail("max_tokens_per_batch", should, budget)
-        if config.train_sampling_strategy != "random":
-            should = "'random' with max_tokens_per_batch, which orders the pairs itself"
-            checks.fail("train_sampling_strategy", should, repr(config.train_sampling_strategy))
+        itself = "with max_tokens_per_batch, which orders the pairs itself"
+        # The first transformers 5 have group_by_length alone.
+        strategy = getattr(config, "train_sampling_strategy", "random")
+        if strategy != "random":
+            checks.fail("train_sampling_strategy", f"'random' {itself}", repr(strategy))
+        if getattr(config, "group_by_length", False):
+            checks.fail("group_by_length", f"False {itself}", True)
     if config.reference_cache is not None and not config.precompute_ref_log_probs:
         checks.fail("precompute_ref_log_probs", "True with reference_cache", False)
     if config.layout == "padded":

@@ -100,7 +100,7 @@ def built(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def module(built):
+def complete(built):
     return load("fastdpo._cuda", built)
 
 
@@ -131,6 +131,12 @@ def checkout(tmp_path_factory) -> Checkout:
     return made
 
 
+@pytest.fixture(scope="module")
+def module(checkout):
+    (path,) = (checkout.root / "fastdpo").glob("_cuda*.so")
+    return load("fastdpo._cuda", path)
+
+
 def cuobjdump() -> str:
     """The toolkit's, or the one in the Triton wheel."""
     beside = [] if NVCC is None else [Path(NVCC).resolve().parent / "cuobjdump"]
@@ -145,21 +151,23 @@ def cuobjdump() -> str:
 
 
 @needs_nvcc
-def test_it_was_built_for_what_it_says(module):
+@pytest.mark.exhaustive  # compiled for every architecture
+def test_it_was_built_for_what_it_says(complete):
     sass, ptx = setup_py.architectures(NVCC)
-    assert list(module.SASS_ARCHITECTURES) == sass
-    assert list(module.PTX_ARCHITECTURES) == ptx
-    assert module.SASS_ARCHITECTURES[-1] in module.PTX_ARCHITECTURES
-    for architecture in module.SASS_ARCHITECTURES:
-        module.check_architecture(architecture // 10, architecture % 10)
-    major = max(module.PTX_ARCHITECTURES) // 10
-    module.check_architecture(major + 5, 0)  # a later GPU compiles the PTX
+    assert list(complete.SASS_ARCHITECTURES) == sass
+    assert list(complete.PTX_ARCHITECTURES) == ptx
+    assert complete.SASS_ARCHITECTURES[-1] in complete.PTX_ARCHITECTURES
+    for architecture in complete.SASS_ARCHITECTURES:
+        complete.check_architecture(architecture // 10, architecture % 10)
+    major = max(complete.PTX_ARCHITECTURES) // 10
+    complete.check_architecture(major + 5, 0)  # a later GPU compiles the PTX
     with pytest.raises(ValueError, match=r'FASTDPO_CUDA_ARCHS="5\.0"'):
-        module.check_architecture(5, 0)
+        complete.check_architecture(5, 0)
 
 
 @needs_nvcc
-def test_no_kernel_spills_and_all_fit(built, module):
+@pytest.mark.exhaustive  # compiled for every architecture
+def test_no_kernel_spills_and_all_fit(built, complete):
     tool = cuobjdump()
     listing = subprocess.run(
         [tool, "--dump-resource-usage", str(built)], capture_output=True, text=True, check=True
@@ -170,7 +178,7 @@ def test_no_kernel_spills_and_all_fit(built, module):
     )
     assert usage, listing[:2000]
     architectures = set(map(int, re.findall(r"sm_(\d+)", listing)))
-    assert architectures == set(module.SASS_ARCHITECTURES)
+    assert architectures == set(complete.SASS_ARCHITECTURES)
     names = set()
     for name, registers, stack, shared, local in usage:
         (kernel,) = re.findall(
@@ -188,6 +196,7 @@ def test_no_kernel_spills_and_all_fit(built, module):
 
 
 @needs_nvcc
+@pytest.mark.exhaustive  # compiled for every architecture
 def test_products_and_sums_are_fused_only_where_the_source_says_so(built):
     """The backward without a softcap says it nowhere, with one everywhere."""
     tool = cuobjdump()
@@ -203,6 +212,7 @@ def test_products_and_sums_are_fused_only_where_the_source_says_so(built):
 
 
 @needs_nvcc
+@pytest.mark.exhaustive  # compiled for every architecture
 def test_it_links_no_pytorch_and_no_shared_cuda_runtime(built):
     readelf = shutil.which("readelf")
     if readelf is None:
@@ -219,6 +229,7 @@ def test_it_links_no_pytorch_and_no_shared_cuda_runtime(built):
 
 
 @needs_nvcc
+@pytest.mark.exhaustive  # compiled for every architecture
 def test_nothing_is_compiled_twice(built, tmp_path):
     done = build(tmp_path, FASTDPO_BUILD_CUDA="1")
     assert done.returncode == 0, done.stderr

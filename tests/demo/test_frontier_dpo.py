@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from sampling import sampled
 
 from fastdpo.demo.frontier import data, ppo, preference, truth
 from fastdpo.demo.frontier.evaluate import Meter
@@ -88,7 +89,10 @@ def broken(fault):
     return dpo_loss
 
 
-@pytest.mark.parametrize("fault", ["the sign flipped", "the reference left out", "β doubled"])
+FAULTS = ["the sign flipped", "the reference left out", "β doubled"]
+
+
+@pytest.mark.parametrize("fault", sampled(FAULTS, ("the sign flipped",)))
 def test_a_broken_loss_misses_the_bound(lab, pairs, monkeypatch, fault):
     monkeypatch.setattr(preference.hf, "dpo_loss", broken(fault))
     assert distance_to_optimum(lab, pairs) > 2 * BOUND

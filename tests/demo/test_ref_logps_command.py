@@ -208,7 +208,9 @@ def test_an_interrupt_says_how_it_goes_on(model, tmp_path):
         "from fastdpo.data import reference\n"
         "real = reference.Run._logps\n"
         "def slow(self, batch):\n"
-        "    print('batch', flush=True); time.sleep(0.2); return real(self, batch)\n"
+        "    print('batch', flush=True); found = real(self, batch); slow.batches += 1\n"
+        "    time.sleep(60 if slow.batches == 3 else 0); return found\n"
+        "slow.batches = 0\n"
         "reference.Run._logps = slow\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )

@@ -176,6 +176,7 @@ def zero3():
         return mean(losses), weights(model)
 
 
+@pytest.mark.exhaustive  # .ci/run installs DeepSpeed for these
 def test_zero3(processes):
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     assert_right(processes.run(zero3), plain_model.expected())

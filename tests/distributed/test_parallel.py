@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import assert_as_accurate, eager_logps
+from sampling import sampled
 from test_linear_dpo_loss import batch
 from test_linear_logps import HEADS, make
 
@@ -188,7 +189,7 @@ def _statistics(tensors, head):
 # ---- The loss
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", sampled([False, True], (False,)))
 @pytest.mark.parametrize("options", [{}, {"objective": "ipo"}, {"use_weighting": True}], ids=str)
 def test_the_loss_of_a_shared_vocabulary(three, options, compiled):
     tensors = [t.detach() for t in batch()]
@@ -250,7 +251,7 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", sampled([False, True], (False,)))
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_shared_sequence(three, name, compiled):
     tensors = [t.detach() for t in batch()]

@@ -123,6 +123,8 @@ def unpadded(model, input_ids, labels, attention_mask):
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 def test_padding_on_the_left_changes_nothing(name):
+    if name == "FalconH1" and transformers.__version__.startswith("5.0."):
+        pytest.skip("the model's own logits change with what pads on the left: transformers 5.0")
     model = any_model(name)
     input_ids, attention_mask, labels = batch(padding="left")
     input_ids[attention_mask == 0] = 7  # any token may pad

@@ -10,6 +10,12 @@ from fastdpo.integrations import hf
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes on CPUs")
 
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+FIRST = transformers.__version__.startswith("5.0.")
+needs_a_spread_head = pytest.mark.skipif(
+    FIRST, reason="transformers 5.0 spreads the layers and leaves the head whole: needs a newer one"
+)
+
 VOCAB = 54  # transformers asks for whole shares
 FAMILIES = ["Llama", "Qwen2", "Gemma2", "Cohere", "Phi"]
 
@@ -34,7 +40,10 @@ def load(directory, name, spread, train_head=True):
     model = AutoModelForCausalLM.from_pretrained(
         f"{directory}/{name}", dtype=torch.float32, attn_implementation="eager", **options
     ).eval()
-    assert (hf.vocab_parallel(model) is not None) == spread
+    weight = model.get_output_embeddings().weight
+    spread_head = spread and not FIRST
+    assert hasattr(weight, "device_mesh") == spread_head
+    assert (hf.vocab_parallel(model) is not None) == spread_head
     model.get_output_embeddings().requires_grad_(train_head)
     return model
 
@@ -58,6 +67,8 @@ def step(directory, spread, train_head, same=False, **options):
 @pytest.mark.parametrize("train_head", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step(processes, saved, family, train_head):
+    if FIRST and family == "Phi":
+        pytest.skip("transformers 5.0 gives the biases of spread layers no gradient")
     directory = saved(family)
     expected, gradients, tokens = step(directory, False, train_head, stats=("entropy",))
     for found, grads, found_tokens in processes.run(
@@ -78,6 +89,7 @@ def test_equal_weights_give_ln_2_to_the_bit(processes, saved):
         assert found[0].item() == torch.tensor(2.0).log().item()
 
 
+@needs_a_spread_head
 def test_the_head_as_the_loss_takes_it(processes, saved):
     assert processes.run(_shapes, saved("Phi")) == [((27, 32), (27,), (27, 27))] * 2
 
@@ -104,6 +116,7 @@ def _labels(directory):
         hf.sequence_logps(model, ids, torch.tensor([[1, 2, VOCAB, 0]]))
 
 
+@needs_a_spread_head
 def test_lora_on_the_head_is_refused(processes, saved):
     pytest.importorskip("peft")
     processes.run(_lora_on_the_head, saved("Llama"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -59,6 +60,11 @@ def pairs():
     return datasets.Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows])
 
 
+FIELDS = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+needs_an_order = pytest.mark.skipif(
+    "train_sampling_strategy" not in FIELDS,
+    reason="this transformers always shuffles: needs a newer one",
+)
 SETTINGS = {  # of every trainer's configuration
     "max_steps": STEPS,
     "optim": "sgd",  # Adam turns roundings of vanishing gradients into whole steps
@@ -260,6 +266,9 @@ def test_other_calls_reach_the_models_own_forward(tmp_path):
     assert trained.generate(ids, max_new_tokens=2, do_sample=False).shape[1] <= 5
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="transformers 5.0 itself waits for its mask"
+)
 def test_policy_and_reference_look_for_the_rows_once(tmp_path):
     """And so a step waits for the GPU once; labels that changed are looked at again."""
     fake_gpu = pytest.importorskip("benchmarks.instruments.fake_gpu", reason="needs triton")

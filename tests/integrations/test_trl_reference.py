@@ -6,9 +6,19 @@ import copy
 
 import pytest
 import torch
-from test_trl import BATCH, STEPS, datasets, disturbed, model, pairs, tokenizer, trl
+from test_trl import (
+    BATCH,
+    SETTINGS,
+    STEPS,
+    datasets,
+    disturbed,
+    model,
+    needs_an_order,
+    pairs,
+    tokenizer,
+    trl,
+)
 from test_trl import _fresh_accelerate as _fresh_accelerate
-from test_trl_trainers import COMMON
 
 from fastdpo.data import PairCollator, load_reference, prepare, reference_logps
 from fastdpo.integrations.trl import FastDPOConfig, FastDPOTrainer, patched
@@ -21,7 +31,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def trainer(folder, policy, rows, reference=None, **args):
-    settings = {**COMMON, "per_device_train_batch_size": BATCH, **args}
+    settings = {**SETTINGS, "per_device_train_batch_size": BATCH, **args}
     return trl.DPOTrainer(
         policy,
         reference,
@@ -72,6 +82,7 @@ def test_it_is_that_of_trls_own_precomputation(tmp_path):
         assert theirs.train_dataset[name][:] == rows[name][:]
 
 
+@needs_an_order
 def test_the_first_step_starts_at_the_reference(tmp_path):
     """In the trainer's own batches, up to the order in which TRL adds tokens."""
     given = [list(range(i, i + BATCH)) for i in range(0, STEPS * BATCH, BATCH)]
@@ -93,7 +104,7 @@ def test_in_the_layout_of_the_trainer(tmp_path):
         output_dir=str(tmp_path),
         layout="shared_prompts",
         precompute_ref_log_probs=True,
-        **{**COMMON, "learning_rate": 0.0, "per_device_train_batch_size": BATCH},
+        **{**SETTINGS, "learning_rate": 0.0, "per_device_train_batch_size": BATCH},
     )
     built = FastDPOTrainer(model(), args=args, train_dataset=rows, processing_class=tokenizer())
     assert built.train_dataset is rows
