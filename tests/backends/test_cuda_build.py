@@ -117,7 +117,8 @@ class Checkout:
             "FASTDPO_NVCC": script(compiler, f'exec {shlex.quote(NVCC or "")} "$@"'),
             "PYTHONPATH": str(folder / "site packages"),
         }
-        self.done = build(folder / "built", self.root, **self.environment)
+        self.built = folder / "built"
+        self.done = build(self.built, self.root, **self.environment)
         self.objects = self.root / "build" / f"cuda-{sysconfig.get_config_var('SOABI')}"
 
     def ninja_text(self) -> str:
@@ -133,7 +134,7 @@ def checkout(tmp_path_factory) -> Checkout:
 
 @pytest.fixture(scope="module")
 def module(checkout):
-    (path,) = (checkout.root / "fastdpo").glob("_cuda*.so")
+    (path,) = (checkout.built / "fastdpo").glob("_cuda*.so")
     return load("fastdpo._cuda", path)
 
 
