@@ -237,12 +237,14 @@ def test_nothing_is_compiled_twice(built, tmp_path):
     assert "no work to do" in done.stdout
 
 
+@pytest.mark.exhaustive
 @needs_nvcc
 @pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=str)
 def test_the_binding_refuses_with_the_arguments_name(module, refusal):
     refusals.check(module, refusal)
 
 
+@pytest.mark.exhaustive
 @needs_nvcc
 def test_without_a_gpu_a_launch_is_an_exception_that_names_the_kernel(module):
     import torch
@@ -292,6 +294,7 @@ def test_architectures_that_do_not_exist_are_refused(tmp_path, architectures, me
     assert message in done.stderr
 
 
+@pytest.mark.exhaustive
 @needs_nvcc
 def test_a_spill_is_an_error(checkout, tmp_path):
     """The command with which the build compiles, on a kernel that cannot but spill."""
@@ -313,6 +316,7 @@ def test_a_spill_is_an_error(checkout, tmp_path):
     assert "spilled to local memory" in done.stderr
 
 
+@pytest.mark.exhaustive
 @needs_nvcc
 def test_the_flags_of_the_kernels(checkout):
     command = command_of("kernel", checkout.ninja_text())
@@ -331,6 +335,7 @@ def included(name: str) -> set[str]:
     return found.union(*map(included, found))
 
 
+@pytest.mark.exhaustive
 @needs_nvcc
 def test_a_changed_header_rebuilds_what_includes_it_and_nothing_else(checkout):
     csrc = checkout.root / "csrc"
@@ -349,6 +354,7 @@ def test_a_changed_header_rebuilds_what_includes_it_and_nothing_else(checkout):
     assert "no work to do" in listing
 
 
+@pytest.mark.exhaustive
 @needs_nvcc
 def test_a_wheel_has_the_extension_and_imports_anywhere_else(checkout, tmp_path):
     pytest.importorskip("pip")

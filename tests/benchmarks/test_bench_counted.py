@@ -97,6 +97,7 @@ def test_a_wrong_scenario_is_refused(capsys, monkeypatch):
         assert "should be" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs PyTorch 2.13 or later")
 def test_linear_cross_entropy_is_what_its_strategies_keep():
     scenario = Scenario("llama-3-8b", 8192, share=0.5)

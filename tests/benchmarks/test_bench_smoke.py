@@ -91,6 +91,7 @@ def test_what_hangs_is_ended_and_says_where_it_was(tmp_path):
     assert "smoke_cases.py" in row["stderr"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_kernels_and_paths_are_right(tmp_path):
     """A few of them; all of them are for `-m exhaustive`."""
@@ -113,6 +114,7 @@ def test_everything_runs_without_a_gpu(tmp_path):
     assert {"mm", "exp_logits with E", "exp_logits without E", "mm dW", "copy"} <= set(timed)
 
 
+@pytest.mark.exhaustive
 def test_where_time_is_short_nothing_is_begun(tmp_path):
     rows, done = smoke(tmp_path, "0", "--check", "pytorch")
     assert done.returncode == 0
@@ -185,6 +187,7 @@ def test_the_path_of_a_gpu(gpu, name, said):
     assert found.worst <= 1.0, str(found)
 
 
+@pytest.mark.exhaustive
 def test_what_is_timed_on_a_gpu(gpu, monkeypatch):
     monkeypatch.setitem(times._SIZES, "cuda", (32, 515, 48))
     monkeypatch.setattr(times, "tiles", lambda shipped, arch: {"": shipped})

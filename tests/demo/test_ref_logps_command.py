@@ -204,7 +204,9 @@ def test_without_its_packages_it_says_what_to_install(monkeypatch, capsys, model
 def test_an_interrupt_says_how_it_goes_on(model, tmp_path):
     """Ctrl-C, as a process gets it."""
     code = (
-        "import sys, time; from fastdpo import cli\n"
+        "import signal, sys, time; from fastdpo import cli\n"
+        # Shells have what they run in the background ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from fastdpo.data import reference\n"
         "real = reference.Run._logps\n"
         "def slow(self, batch):\n"

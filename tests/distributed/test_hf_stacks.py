@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from sampling import sampled
 from torch.distributed.fsdp import FSDPModule
 from training import (
     BETA,
@@ -120,7 +121,7 @@ native = pytest.mark.skipif(
 
 
 @native
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", sampled([False, True], (True,)))
 def test_transformers_own_fsdp(processes, saved, tied):
     expected = one_process(
         lambda: (tiny(0, tie_word_embeddings=tied), tiny(1, tie_word_embeddings=tied).eval())
@@ -129,6 +130,7 @@ def test_transformers_own_fsdp(processes, saved, tied):
     assert_right(found, expected)
 
 
+@pytest.mark.exhaustive
 @native
 def test_transformers_own_fsdp_with_tensor_parallelism(four, saved):
     assert_right(four.run(distributed, saved(), fsdp_size=2, tp_size=2), one_process())

@@ -326,6 +326,7 @@ def test_read_head(case):
     torch.testing.assert_close(got, model.get_output_embeddings()(hidden), **CLOSE)
 
 
+@pytest.mark.exhaustive
 def test_compiled():
     torch._dynamo.reset()
     for case in ("dora", "tokens of an untied head"):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sampling import sampled
 
 pytest.importorskip("triton")
 
@@ -37,7 +38,7 @@ def compiled(arch: str, path: str, *selection: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=sampled(ARCHITECTURES, ("sm_90",)))
 def passes(request):
     """Each architecture by itself: the workers of a parallel run share them."""
 
