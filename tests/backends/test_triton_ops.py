@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sampling import sampled
 from torch import nn
 
 from fastdpo.loss import linear_dpo_loss
@@ -40,7 +41,7 @@ def test_target_logits(dtype, softcap):
 
 
 @pytest.mark.parametrize("rows", [0, 1, N])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", sampled(DTYPES, (torch.bfloat16,)), ids=str)
 def test_exp_logits(dtype, rows):
     hidden, weight, bias, labels = tensors(dtype)
     hidden, labels = hidden[:rows], labels[:rows]

@@ -12,6 +12,7 @@ import math
 import cases
 import pytest
 import torch
+from sampling import sampled
 
 from fastdpo.backends import torch as oracle
 from fastdpo.backends.contract import COLLISION_SHIFT, REANCHOR_ABOVE, Head
@@ -382,7 +383,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dtype", sampled(DTYPES[:2], (torch.bfloat16,)), ids=str)
 def test_sums_do_not_depend_on_what_else_is_asked(dtype, softcap):
     hidden, head, labels = inputs(dtype, softcap=softcap)
     anchor = triton.target_logits(hidden, head, labels)

@@ -141,9 +141,16 @@ def test_a_data_set_that_has_its_reference(tmp_path):
     assert logged[0]["rewards/chosen"] == pytest.approx(1.5, abs=1e-4)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "padded"])
-@pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_a_reference_that_is_kept(kind, layout, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "case",
+    sampled(
+        [(kind, layout) for kind in ("model", "adapter") for layout in (*LAYOUTS, "padded")],
+        [("model", "padded"), ("adapter", "shared_prompts")],
+    ),
+    ids="-".join,
+)
+def test_a_reference_that_is_kept(case, tmp_path, monkeypatch):
+    kind, layout = case
     options = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "kept")}
     config = adapter_config() if kind == "adapter" else None
 
