@@ -102,7 +102,7 @@ def test_a_killed_sweep_goes_on(tmp_path, jobs):
     """No run is repeated, none is lost, nothing half-written is left."""
     folder = tmp_path / "out"
     script = (
-        "import sys, pathlib; sys.path[:0] = [sys.argv[1], str(pathlib.Path.cwd())]\n"
+        "import sys, pathlib; sys.path[:0] = [sys.argv[1], 'tests', str(pathlib.Path.cwd())]\n"
         "from test_frontier_sweep import TINY, sweep, plan\n"
         "sweep.sweep(pathlib.Path(sys.argv[2]), TINY, plan.full_plan(1), jobs=int(sys.argv[3]))\n"
     )

@@ -15,6 +15,13 @@ import torch
 PROCESSORS = 3  # so that loops over tiles have something to skip
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """FASTDPO_TRITON_PTX_PART=1/3: every third test, from the second on."""
+    if part := os.environ.get("FASTDPO_TRITON_PTX_PART"):
+        first, parts = map(int, part.split("/"))
+        items[:] = items[first::parts]
+
+
 @pytest.fixture(scope="session")
 def executor():
     from benchmarks.instruments.ptx.triton_kernels import Executor

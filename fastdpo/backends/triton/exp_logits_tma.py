@@ -26,6 +26,12 @@ from .epilogue import store_sums, tile_epilogue
 from .language import multiply_add, tile_position
 
 
+@triton.jit
+def _of_rows(labels_ptr, anchor_ptr, rows, mask):
+    label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
+    return label, tl.load(anchor_ptr + rows, mask=mask, other=0.0)
+
+
 @triton.heuristics({"EVEN_V": lambda args: args["V"] % args["BLOCK_V"] == 0})
 @triton.jit(do_not_specialize=["N"])
 def exp_logits_tma(
@@ -63,16 +69,19 @@ def exp_logits_tma(
         tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN
     ):
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
-        # Ahead of the product, under which they arrive: behind it every warp would wait for them.
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = rows < N
-        label = tl.load(labels_ptr + rows, mask=mask, other=-1).to(tl.int32)
-        anchor = tl.load(anchor_ptr + rows, mask=mask, other=0.0)
+        if FLATTEN:
+            # Ahead of the product, under which they arrive: behind it every warp would wait for
+            # them. Not where registers are short (sm_100).
+            label, anchor = _of_rows(labels_ptr, anchor_ptr, rows, mask)
         products = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for d in range(depth_tiles):
             a = hidden.load([row_tile * BLOCK_M, d * BLOCK_D])
             b = weight.load([column_tile * BLOCK_V, d * BLOCK_D])
             products = multiply_add(a, b.T, products, PRECISION)
+        if not FLATTEN:
+            label, anchor = _of_rows(labels_ptr, anchor_ptr, rows, mask)
         sums = tile_epilogue(
             products, bias_ptr, out, 0, 0, anchor, label, rows, mask,
             row_tile * BLOCK_M, column_tile * BLOCK_V, V, inner, outer,

@@ -24,13 +24,16 @@ KERNELS = "instruments/ptx/compiled_triton.py"
 ELSEWHERE = "it_says_what_it_serves or a_triton_that_is_too_old"
 
 
-def compiled(arch: str, path: str, *selection: str) -> subprocess.CompletedProcess[str]:
+def compiled(
+    arch: str, path: str, *selection: str, part: str = "0/1"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *_PLUGINS, *selection, str(TESTS / path)],
         env={
             **os.environ,
             "TRITON_INTERPRET": "0",
             "FASTDPO_TRITON_PTX": arch,
+            "FASTDPO_TRITON_PTX_PART": part,
             "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), *_PATH]),
         },
         capture_output=True,
@@ -42,8 +45,8 @@ def compiled(arch: str, path: str, *selection: str) -> subprocess.CompletedProce
 def passes(request):
     """Each architecture by itself: the workers of a parallel run share them."""
 
-    def check(*test: str) -> None:
-        done = compiled(request.param, *test)
+    def check(*test: str, part: str = "0/1") -> None:
+        done = compiled(request.param, *test, part=part)
         assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-10000:]
         assert " passed" in done.stdout
 
@@ -59,16 +62,20 @@ def test_more_of_the_compiled_kernels(passes):
     passes(KERNELS, "-m", "slow")
 
 
+# In parts, which the workers share.
 @pytest.mark.exhaustive
-def test_every_test_of_the_primitives(passes):
-    passes("backends/test_triton_primitives.py", "-k", f"not ({ELSEWHERE})")
-
-
-@pytest.mark.exhaustive
-def test_ties(passes):
-    passes("core/test_first_maximum.py", "-k", "triton and not processes")
+@pytest.mark.parametrize("part", ["0/4", "1/4", "2/4", "3/4"])
+def test_every_test_of_the_primitives(passes, part):
+    passes("backends/test_triton_primitives.py", "-k", f"not ({ELSEWHERE})", part=part)
 
 
 @pytest.mark.exhaustive
-def test_the_public_functions(passes):
-    passes("backends/test_triton_public.py")
+@pytest.mark.parametrize("part", ["0/2", "1/2"])
+def test_ties(passes, part):
+    passes("core/test_first_maximum.py", "-k", "triton and not processes", part=part)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", ["0/2", "1/2"])
+def test_the_public_functions(passes, part):
+    passes("backends/test_triton_public.py", part=part)
