@@ -6,9 +6,9 @@ epilogue.
 
 Operations: 2·N·V·D on the tensor cores, and in the epilogue about 7·N·V on other units (24·N·V with
 a softcap). There instructions are what counts: of the sm_90 binary a warp issues 1,930 per tile of
-128 × 256 (2,100 with E, 4,340 with E and a softcap), and each scheduler those of two warps: 3,500
-to 8,300 cycles, beside the 16·D of the product, 65,536 at D = 4096. The epilogue adds 6 %, 13 %
-with a softcap, and more where D is smaller (22 % at Gemma-2-2b's 2,304 with its softcap, 27 %
+128 × 256 (2,100 with E, 4,340 with E and a softcap), and each scheduler those of two warps: 3,900
+to 8,700 cycles, beside the 16·D of the product, 65,536 at D = 4096. The epilogue adds 6 %, 13 %
+with a softcap, and more where D is smaller (24 % at Gemma-2-2b's 2,304 with its softcap, 29 %
 without one at 896). Nothing hides it: the warps that issue the product issue it too, and it would
 take a second program on the same processor (`Tile.residents`, which FASTDPO_AUTOTUNE=1 tries).
 
