@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 
-def sampled(cases: Iterable[Any], kept: Collection[Any]) -> list[Any]:
-    """For `parametrize`: all but `kept` are for `pytest -m exhaustive`."""
+def sampled(cases: Iterable[Any], kept: Collection[Any], *, several: bool = False) -> list[Any]:
+    """For `parametrize`: all but `kept` are for `pytest -m exhaustive`. `several`: cases are of
+    several names.
+    """
     cases = list(cases)
     assert all(case in cases for case in kept)
-    return [c if c in kept else pytest.param(c, marks=pytest.mark.exhaustive) for c in cases]
+    marks = pytest.mark.exhaustive
+    return [c if c in kept else pytest.param(*(c if several else (c,)), marks=marks) for c in cases]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from sampling import sampled
 from torch import nn
 
 from fastdpo.core import checks
@@ -54,8 +55,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    sampled(
+        [(name, frozen) for name in OPTIONS for frozen in (True, False)],
+        [*((name, False) for name in OPTIONS), ("sigmoid", True), ("half a workspace", True)],
+        several=True,
+    ),
+)
 def test_a_step_compiles_whole(name, frozen):
     hidden, ref, labels = data()
     options = OPTIONS[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import device_of, of_processes
+from sampling import sampled
 
 from fastdpo.backends import torch as torch_backend
 from fastdpo.loss import linear_logps
@@ -54,7 +55,11 @@ def is_top1(hidden, weight, bias, labels, *, backend, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    [(b, t) for b in BACKENDS for t in DTYPES if (b, t) != ("triton", torch.float64)],
+    sampled(
+        [(b, t) for b in BACKENDS for t in DTYPES if (b, t) != ("triton", torch.float64)],
+        [*(("torch", t) for t in DTYPES), ("triton", torch.bfloat16)],
+        several=True,
+    ),
     ids=str,
 )
 def test_equal_entries(backend, dtype, shape, head):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import transformers
+from sampling import sampled
 
 from fastdpo import cli
 from fastdpo.demo import plot, run, synthetic
@@ -121,20 +122,28 @@ def write(path, rows):
     return str(path)
 
 
+FILES = {"plain": PLAIN, "conversational": CONVERSATIONAL}
+OPTIONS = [
+    "--objective ipo",
+    "--objective simpo --beta 2",
+    "--objective exo_pair --label-smoothing 0.1",
+    "--lora",
+    "--dtype bfloat16",
+    "--sft-steps 2 --max-length 48 --backend torch",
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        ["--objective", "ipo"],
-        ["--objective", "simpo", "--beta", "2"],
-        ["--objective", "exo_pair", "--label-smoothing", "0.1"],
-        ["--lora"],
-        ["--dtype", "bfloat16"],
-        ["--sft-steps", "2", "--max-length", "48", "--backend", "torch"],
-    ],
+    "case",
+    sampled(
+        [(rows, options) for rows in FILES for options in OPTIONS],
+        [("plain", OPTIONS[0]), ("plain", OPTIONS[5])]
+        + [("conversational", options) for options in OPTIONS[1:5]],
+    ),
     ids=" ".join,
 )
-@pytest.mark.parametrize("rows", [PLAIN, CONVERSATIONAL], ids=["plain", "conversational"])
-def test_a_file_of_pairs_and_a_model_from_a_directory(finished, tmp_path, rows, options):
+def test_a_file_of_pairs_and_a_model_from_a_directory(finished, tmp_path, case):
+    rows, options = FILES[case[0]], case[1].split()
     data, out = write(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
     common = ["--data", data, "--output", str(out), "--model", str(finished / "model")]
     assert cli.main(["demo", *common, "--steps", "2", "--batch-size", "4", *options]) == 0

@@ -95,9 +95,16 @@ def test_what_an_operator_of_pytorchs_own_does_inside_is_seen():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("trained", [(True, True, True), (True, False, False)], ids=str)
-@pytest.mark.parametrize("workspace", [0, 20_000, None])
 @pytest.mark.parametrize("head", ["plain", "all"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "workspace"),
+    sampled(
+        [(dtype, workspace) for dtype in DTYPES for workspace in (0, 20_000, None)],
+        [(torch.bfloat16, 0), (torch.bfloat16, None), *((t, 20_000) for t in DTYPES[::2])],
+        several=True,
+    ),
+    ids=str,
+)
 def test_values_and_gradients(dtype, head, workspace, trained, backend):
     options = dict(HEADS[head])
     tensors = make(21, 600, 32, dtype, bias=options.pop("bias", False))

@@ -8,17 +8,29 @@ import numpy as np
 
 BLUR = True  # approximations err; False: they are as near as can be
 F32, F64, U32, U64 = np.float32, np.float64, np.uint32, np.uint64
+_NORMAL = float(np.finfo(F32).tiny)
 
 
 def fma32(a, b, c) -> np.ndarray:
     """a · b + c with one rounding, in fp32.
 
-    The product is exact in fp64. Their sum there is rounded to odd (the last bit says whether
-    anything was lost), after which a second rounding cannot err.
+    The product is exact in fp64. Rounding their sum to fp64 and then to fp32 errs only where the
+    first lands in the middle between two numbers of fp32, or below its normal ones.
     """
     product = np.multiply(a, b, dtype=F64)
     c = np.asarray(c, F64)
     total = product + c
+    middle = (np.atleast_1d(total).view(U64) & U64(0x1FFFFFFF)) == U64(0x10000000)
+    small = np.abs(total) < _NORMAL
+    if np.count_nonzero(middle) or (
+        np.count_nonzero(small) and np.count_nonzero(small & (total != 0))
+    ):
+        total = _to_odd(product, c, total)
+    return total.astype(F32)
+
+
+def _to_odd(product, c, total) -> np.ndarray:
+    """`total` with a last bit that says whether anything was lost: a second rounding cannot err."""
     back = total - product
     lost = (product - (total - back)) + (c - back)
     bits = np.atleast_1d(total).view(U64)
@@ -27,7 +39,7 @@ def fma32(a, b, c) -> np.ndarray:
     step = even & np.isfinite(lost) & (lost != 0)
     outwards = (lost > 0) == (np.atleast_1d(total) > 0)
     bits = np.where(step, np.where(outwards, bits + U64(1), bits - U64(1)), bits)
-    return bits.view(F64).astype(F32).reshape(np.shape(total))
+    return bits.view(F64).reshape(np.shape(total))
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -55,16 +67,19 @@ def _fma64(a: float, b: float, c: float) -> float:
 def flush(x: np.ndarray) -> np.ndarray:
     """Subnormal fp32 numbers as zeros of their sign."""
     x = np.asarray(x, F32)
-    return np.where(np.abs(x) < np.finfo(F32).tiny, np.copysign(F32(0), x), x)
+    small = np.abs(x) < F32(_NORMAL)
+    return np.where(small, np.copysign(F32(0), x), x) if np.count_nonzero(small) else x
 
 
 def maximum(a, b):
     """The number where one is NaN; +0 above −0."""
-    return np.where((a == 0) & (b == 0), a + b, np.fmax(a, b))
+    found = np.fmax(a, b)
+    return np.where((a == 0) & (b == 0), a + b, found) if (found == 0).any() else found
 
 
 def minimum(a, b):
-    return np.where((a == 0) & (b == 0), -((-a) + (-b)), np.fmin(a, b))
+    found = np.fmin(a, b)
+    return np.where((a == 0) & (b == 0), -((-a) + (-b)), found) if (found == 0).any() else found
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -113,7 +128,7 @@ def _blur(x: np.ndarray, exact: np.ndarray) -> np.ndarray:
     move = (mixed % U32(3)).astype(np.int32) - 1
     moved = (near.view(np.int32) + move).view(F32)
     # Whole powers of two are exact, and what is zero or not finite stays.
-    keep = ~np.isfinite(near) | (np.abs(near) < 2 * np.finfo(F32).tiny)
+    keep = ~np.isfinite(near) | (np.abs(near) < 2 * F32(_NORMAL))
     keep |= (np.frexp(near)[0] == 0.5) & (exact == near)
     return np.where(keep, near, moved)
 

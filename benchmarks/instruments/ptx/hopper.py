@@ -118,24 +118,17 @@ class Hopper:
             some = np.flatnonzero(inside == size)
             data[some, :size] = _load(m, place[some], int(size), thread, d.element)
         threads = np.full(len(pieces), thread)
-        at = shared._at(pieces.astype(np.uint64), 16, threads)
+        at = shared.places(pieces.astype(np.uint64), 16, threads)
         shared.check_write(at, pieces, threads)
         self.number += 1
-        shared.flying[at] = self.number
-        shared.written[at] = False
-        shared.data[at] = 0xCC
+        shared.depart(at, np.int32(self.number))
         barrier = self.barrier(address)
 
         def land() -> None:
             m.order.tick += 1
-            shared.data[at] = data
-            shared.written[at] = True
-            shared.flying[at] = 0
-            shared.unfenced[at] = False
-            shared.accesses.writer[at] = m.threads
-            shared.accesses.write_tick[at] = m.order.tick
+            shared.land(at, data, m.threads, m.order.tick, by_threads=False)
             barrier.seen[m.threads] = m.order.tick
-            barrier.bytes -= at.size
+            barrier.bytes -= data.size
             m.changed |= barrier.complete()
 
         self.flying.append(land)
@@ -148,14 +141,14 @@ class Hopper:
             raise Fault(f"a block at shared {source - Shared.BASE:#x}")
         place, pieces, inside = d.places(x, y, source)
         threads = np.full(len(pieces), thread)
-        at = shared._at(pieces.astype(np.uint64), 16, threads)
+        at = shared.places(pieces.astype(np.uint64), 16, threads)
         shared.check_fenced(at, pieces, threads)
         shared.check_read(at, pieces, threads)
         shared.leaving[at] += 1
         self.open.setdefault(thread, []).append(at)
         for size in np.unique(inside[inside > 0]):
             some = np.flatnonzero(inside == size)
-            columns = np.ascontiguousarray(shared.data[at[some, :size]])
+            columns = np.ascontiguousarray(shared.take(at[some])[:, :size])
             elements = columns.reshape(-1, d.element)
             places = place[some, None] + np.arange(0, size, d.element, dtype=np.uint64)
             m.memory.store(places.ravel(), elements, np.full(len(elements), thread))
@@ -189,7 +182,7 @@ def memory_barrier(m: Machine, i: Instruction) -> Run | Step:
 
     def touch(some: np.ndarray, write: bool) -> np.ndarray:
         addresses = address(some)
-        at = shared._at(addresses, 8, some)
+        at = shared.places(addresses, 8, some)
         if write:
             shared.check_write(at, addresses, some)
             shared.written[at] = True

@@ -32,6 +32,7 @@ MOST_STEPS = 20_000_000  # of one block: more is a loop that does not end
 
 PARAMETERS = 0x7F00 << 32  # generic addresses of parameters, and of shared memory
 SHARED = 0x7E00 << 32
+_NAN = 0xFFF5FFF5FFF5FFF5
 
 T = TypeVar("T")
 Mask = np.ndarray | None  # which threads take part; None: all
@@ -78,6 +79,7 @@ class Machine:
             name: np.zeros(threads, np.bool_ if kind == "pred" else DTYPES[f"b{kind[1:]}"])
             for name, kind in kernel.registers.items()
         }
+        self.numbers = [r for name, r in self.registers.items() if not name.startswith("%p")]
         self.special = self._special()
         self.warp_of = self.everyone // WARP
         self.warp_sizes = np.bincount(self.warp_of)
@@ -208,10 +210,9 @@ class Machine:
         x, y, _ = self.grid
         for axis, place in zip("xyz", (block % x, block // x % y, block // (x * y)), strict=True):
             self.special[f"%ctaid.{axis}"].fill(place)
-        for name, register in self.registers.items():
+        for register in self.numbers:
             # NaN, as a number of any width: nothing may depend on what was there before.
-            if not name.startswith("%p"):
-                register.fill(0xFFF5FFF5FFF5FFF5 & (2 ** (8 * register.itemsize) - 1))
+            register.fill(_NAN & (2 ** (8 * register.itemsize) - 1))
         self.shared.new_block(self.random)
         self.order.new_block()
         for reset in self.resets:
@@ -260,9 +261,10 @@ class Machine:
             active: Mask = None if full else mask
             if step.guard is not None:
                 active = mask & (~step.guard if step.negated else step.guard)
-                if active.all():
+                count = np.count_nonzero(active)
+                if count == self.threads:
                     active = None
-                elif not active.any():
+                elif count == 0:
                     at += 1
                     continue
             try:

@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.instruments.ptx.faults import Misaligned, OutOfBounds, Race, Uninitialised
 from benchmarks.instruments.ptx.order import Accesses, Order
+from benchmarks.instruments.ptx.parse import Unsupported
 
 
 class Allocation:
@@ -25,6 +26,13 @@ class Allocation:
     @property
     def end(self) -> int:
         return self.address + self.data.size
+
+    def units(self, offsets: np.ndarray, size: int) -> tuple[np.dtype, np.ndarray]:
+        """How `size` bytes at each offset are read at once: a type, and numbers of it [n, k]."""
+        width = min(size, self.element, 8)
+        if self.data.size % width or np.count_nonzero(offsets % width):
+            width = 1
+        return np.dtype(f"u{width}"), (offsets // width)[:, None] + np.arange(size // width)
 
 
 class Global:
@@ -47,26 +55,29 @@ class Global:
         """[n] addresses -> [n, size] bytes."""
         result = np.empty((len(addresses), size), np.uint8)
         for allocation, some, offsets in self._find(addresses, size, threads):
-            at = offsets[:, None] + np.arange(size)
-            if allocation.written is not None and not allocation.written[at].all():
-                bad = some[np.flatnonzero(~allocation.written[at].all(1))[0]]
-                raise Uninitialised(self._where("read of unwritten", addresses, threads, bad))
+            unit, at = allocation.units(offsets, size)
+            if allocation.written is not None:
+                written = allocation.written[offsets[:, None] + np.arange(size)].all(1)
+                if not written.all():
+                    bad = some[np.flatnonzero(~written)[0]]
+                    raise Uninitialised(self._where("read of unwritten", addresses, threads, bad))
             if allocation.accesses is not None:
                 self._race(allocation, False, offsets, size, addresses, threads, some)
-            result[some] = allocation.data[at]
+            result[some] = allocation.data.view(unit)[at].view(np.uint8)
         return result
 
     def store(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
         """[n] addresses, [n, size] bytes."""
         size = values.shape[1]
         for allocation, some, offsets in self._find(addresses, size, threads):
-            at = offsets[:, None] + np.arange(size)
+            unit, at = allocation.units(offsets, size)
             if allocation.accesses is not None:
                 self._race(allocation, True, offsets, size, addresses, threads, some)
-            allocation.data[at] = values[some]
+            data, new = allocation.data.view(unit), np.ascontiguousarray(values[some]).view(unit)
+            data[at] = new
             if allocation.written is not None:
-                allocation.written[at] = True
-            differs = (allocation.data[at] != values[some]).any(1)
+                allocation.written[offsets[:, None] + np.arange(size)] = True
+            differs = (data[at] != new).any(1)
             if differs.any():
                 bad = some[np.flatnonzero(differs)[0]]
                 raise Race(self._where("two threads store at once", addresses, threads, bad))
@@ -79,18 +90,21 @@ class Global:
         return found[0].data[offset : offset + size]
 
     def _find(self, addresses: np.ndarray, size: int, threads: np.ndarray):
-        if (addresses % np.uint64(size)).any():
+        if np.count_nonzero(addresses % np.uint64(size)):
             bad = np.flatnonzero(addresses % np.uint64(size))[0]
             raise Misaligned(self._where(f"{size} bytes", addresses, threads, bad))
         index = np.searchsorted(self.starts, addresses, "right") - 1
         outside = index < 0
         if len(self.ends):
             outside |= addresses + np.uint64(size) > self.ends[index]
-        if outside.any():
+        if np.count_nonzero(outside):
             bad = np.flatnonzero(outside)[0]
             raise OutOfBounds(self._where(f"{size} bytes", addresses, threads, bad))
-        for i in np.unique(index):
-            some = np.flatnonzero(index == i)
+        if not len(index):
+            return
+        one = (index == index[0]).all()
+        for i in index[:1] if one else np.unique(index):
+            some = np.arange(len(index)) if one else np.flatnonzero(index == i)
             offsets = (addresses[some] - self.starts[i]).astype(np.int64)
             yield self.allocations[i], some, offsets
 
@@ -102,7 +116,7 @@ class Global:
         by = np.repeat(threads[some], count)
         note = allocation.accesses.write if writes else allocation.accesses.read
         racing = note(at, by)
-        if racing.any():
+        if np.count_nonzero(racing):
             bad = some[np.flatnonzero(racing)[0] // count]
             what = "store" if writes else "load"
             raise Race(self._where(f"{what} beside another thread's", addresses, threads, bad))
@@ -122,56 +136,96 @@ class Global:
 
 
 class Shared:
-    """A block's shared memory: unwritten at first, byte by byte."""
+    """A block's shared memory: unwritten at first.
+
+    What is known of it is kept per granule, the most bytes that every access of the kernel is a
+    multiple of: places are numbers of granules.
+    """
 
     BASE = 0x400  # where it begins in the shared window, as on Hopper
 
     def __init__(self, size: int, order: Order) -> None:
-        self.data = np.zeros(size, np.uint8)
-        self.written = np.zeros(size, bool)
-        self.flying = np.zeros(size, np.int32)  # which asynchronous copy writes here, or 0
-        self.leaving = np.zeros(size, np.int32)  # which asynchronous copy reads here, or 0
-        self.unfenced = np.zeros(size, bool)  # written by threads, not yet for hardware to see
-        self.accesses = Accesses(size, order)
+        self.size = size
         self.order = order
+        self.granule = 8
+        self._allocate()
+
+    def serves(self, size: int) -> None:
+        """Told for each instruction that accesses `size` bytes, before the kernel runs."""
+        if size < self.granule:
+            self.granule = size
+            self._allocate()
+
+    def _allocate(self) -> None:
+        count = -(-self.size // self.granule)
+        self.words = np.zeros(count, f"u{self.granule}")
+        self.data = self.words.view(np.uint8)
+        self.written = np.zeros(count, bool)
+        self.flying = np.zeros(count, np.int32)  # which asynchronous copy writes here, or 0
+        self.leaving = np.zeros(count, np.int32)  # which asynchronous copy reads here, or 0
+        self.unfenced = np.zeros(count, bool)  # written by threads, not yet for hardware to see
+        self.accesses = Accesses(count, self.order)
 
     def new_block(self, random: np.random.Generator) -> None:
-        self.data[:] = random.integers(0, 256, self.data.size, np.uint8)
+        self.data[: self.size] = random.integers(0, 256, self.size, np.uint8)
         for array in (self.written, self.flying, self.leaving, self.unfenced):
             array.fill(0)
         self.accesses.clear()
 
-    def load(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
-        at = self._at(addresses, size, threads)
-        self.check_read(at, addresses, threads)
-        return self.data[at]
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """[n, granules] -> [n, bytes]"""
+        return np.ascontiguousarray(self.words[places]).view(np.uint8)
 
-    def check_read(self, at: np.ndarray, addresses: np.ndarray, threads: np.ndarray) -> None:
-        self._none(self.flying[at] != 0, Race, "read of a copy's target", addresses, threads)
-        self._none(~self.written[at], Uninitialised, "read", addresses, threads)
-        racing = self.accesses.read(at.ravel(), np.repeat(threads, at.shape[1]))
-        self._none(racing.reshape(at.shape), Race, "read beside a write", addresses, threads)
+    def put(self, places: np.ndarray, values: np.ndarray) -> None:
+        """[n, granules], [n, bytes]"""
+        self.words[places] = np.ascontiguousarray(values).view(self.words.dtype)
+
+    def load(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+        places = self.places(addresses, size, threads)
+        self.check_read(places, addresses, threads)
+        return self.take(places)
+
+    def check_read(self, places: np.ndarray, addresses: np.ndarray, threads: np.ndarray) -> None:
+        self._none(self.flying[places] != 0, Race, "read of a copy's target", addresses, threads)
+        self._none(~self.written[places], Uninitialised, "read", addresses, threads)
+        racing = self.accesses.read(places.ravel(), np.repeat(threads, places.shape[1]))
+        self._none(racing.reshape(places.shape), Race, "read beside a write", addresses, threads)
 
     def store(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
-        at = self._at(addresses, values.shape[1], threads)
-        self.check_write(at, addresses, threads)
-        self.data[at] = values
-        self.written[at] = True
-        self.unfenced[at] = True
-        differs = self.data[at] != values
+        places = self.places(addresses, values.shape[1], threads)
+        self.check_write(places, addresses, threads)
+        self.put(places, values)
+        self.written[places] = True
+        self.unfenced[places] = True
+        differs = self.take(places) != values
         self._none(differs, Race, "two threads store at once", addresses, threads)
 
-    def check_write(
-        self, at: np.ndarray, addresses: np.ndarray, threads: np.ndarray, by: int | None = None
-    ) -> None:
-        self._none(self.flying[at] != 0, Race, "write to a copy's target", addresses, threads)
-        self._none(self.leaving[at] != 0, Race, "write to a copy's source", addresses, threads)
-        racing = self.accesses.write(at.ravel(), np.repeat(threads, at.shape[1]), by)
-        self._none(racing.reshape(at.shape), Race, "write beside an access", addresses, threads)
+    def check_write(self, places: np.ndarray, addresses: np.ndarray, threads: np.ndarray) -> None:
+        self._none(self.flying[places] != 0, Race, "write to a copy's target", addresses, threads)
+        self._none(self.leaving[places] != 0, Race, "write to a copy's source", addresses, threads)
+        racing = self.accesses.write(places.ravel(), np.repeat(threads, places.shape[1]))
+        self._none(racing.reshape(places.shape), Race, "write beside an access", addresses, threads)
 
-    def check_fenced(self, at: np.ndarray, addresses: np.ndarray, threads: np.ndarray) -> None:
+    def check_fenced(self, places: np.ndarray, addresses: np.ndarray, threads: np.ndarray) -> None:
         what = "read by the asynchronous proxy without a fence"
-        self._none(self.unfenced[at], Race, what, addresses, threads)
+        self._none(self.unfenced[places], Race, what, addresses, threads)
+
+    def depart(self, places: np.ndarray, numbers: np.ndarray) -> None:
+        """Copies to here, by number, are under way: whatever was here is lost from now on."""
+        self.flying[places] = numbers
+        self.written[places] = False
+        self.put(places, np.full((len(places), places.shape[1] * self.granule), 0xCC, np.uint8))
+
+    def land(
+        self, places: np.ndarray, values: np.ndarray, writer, tick, *, by_threads: bool
+    ) -> None:
+        """Copies arrive; `writer` and `tick` are noted, for all places or for each row."""
+        self.put(places, values)
+        self.written[places] = True
+        self.flying[places] = 0
+        self.unfenced[places] = by_threads
+        self.accesses.writer[places] = writer
+        self.accesses.write_tick[places] = tick
 
     def fence(self, threads: np.ndarray) -> None:
         """What these threads wrote, or have seen, is there for hardware that copies on its own."""
@@ -183,20 +237,23 @@ class Shared:
 
     def atomic(self, address: int, size: int, thread: int) -> np.ndarray:
         one, who = np.array([address], np.uint64), np.array([thread])
-        at = self._at(one, size, who)
-        self._none(~self.written[at], Uninitialised, "atomic", one, who)
-        return self.data[at[0, 0] : at[0, 0] + size]
+        places = self.places(one, size, who)
+        self._none(~self.written[places], Uninitialised, "atomic", one, who)
+        return self.data[address - self.BASE :][:size]
 
-    def _at(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+    def places(self, addresses: np.ndarray, size: int, threads: np.ndarray) -> np.ndarray:
+        """[n] addresses -> [n, size / granule]"""
+        if size % self.granule:
+            raise Unsupported(f"{size} bytes of shared memory, which no instruction announced")
         misaligned = (addresses % np.uint64(size) != 0)[:, None]
         self._none(misaligned, Misaligned, f"{size} bytes", addresses, threads)
         offsets = addresses.astype(np.int64) - self.BASE
-        outside = ((offsets < 0) | (offsets + size > self.data.size))[:, None]
+        outside = ((offsets < 0) | (offsets + size > self.size))[:, None]
         self._none(outside, OutOfBounds, f"{size} bytes", addresses, threads)
-        return offsets[:, None] + np.arange(size)
+        return (offsets // self.granule)[:, None] + np.arange(size // self.granule)
 
     def _none(self, bad: np.ndarray, kind: type[Exception], what: str, addresses, threads) -> None:
-        if bad.any():
+        if np.count_nonzero(bad):
             one = np.flatnonzero(bad.any(1))[0]
             offset = int(addresses[one]) - self.BASE
             raise kind(f"{what} at shared {offset:#x}, thread {int(threads[one])}")

@@ -67,10 +67,13 @@ class Order:
         `who` is a thread, or `threads + 1 + warp` for several of that warp, or -1 for several.
         """
         last = self.seen[now, np.clip(who, 0, self.threads)]
-        if (who > self.threads).any():
+        several = who > self.threads
+        if np.count_nonzero(several):
             warp = np.clip(who - self.threads - 1, 0, self.warps - 1)
-            last = np.where(who > self.threads, self.seen_warp[now, warp], last)
-        last = np.where(who == -1, self.seen_all[now], last)
+            last = np.where(several, self.seen_warp[now, warp], last)
+        everyone = who == -1
+        if np.count_nonzero(everyone):
+            last = np.where(everyone, self.seen_all[now], last)
         return (last >= ticks) & (ticks >= self.first)
 
 
@@ -97,7 +100,7 @@ class Accesses:
         self.reader[at] = threads
         self.read_tick[at] = order.now[threads]
         many = beside | (self.reader[at] != threads)  # or by this very instruction
-        if many.any():
+        if np.count_nonzero(many):
             at, threads, was, beside = at[many], threads[many], was[many], beside[many]
             warp = threads // WARP
             same = np.where(was > order.threads, was - order.threads - 1, was // WARP) == warp
@@ -120,7 +123,7 @@ class Accesses:
     ) -> np.ndarray:
         tick, other = ticks[at], who[at]
         found = (tick > 0) & ((other != threads) | (tick < self.order.first))
-        if found.any():
+        if np.count_nonzero(found):
             some = np.flatnonzero(found)
             found[some] = ~self.order.before(other[some], tick[some], threads[some])
         return found

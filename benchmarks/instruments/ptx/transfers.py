@@ -45,6 +45,8 @@ def load(m: Machine, i: Instruction) -> Run:
     address = m.address(i.operands[1])
     if len(puts) != count:
         raise Unsupported(i.text)
+    if space == "shared":
+        m.shared.serves(size)
 
     def run(mask: Mask) -> None:
         some = m.some(mask)
@@ -85,6 +87,8 @@ def store(m: Machine, i: Instruction) -> Run:
     values = [m.read(name, kind) for name in _names(i.operands[1])]
     if len(values) != count:
         raise Unsupported(i.text)
+    if space == "shared":
+        m.shared.serves(count * dtype.itemsize)
 
     def run(mask: Mask) -> None:
         some = m.some(mask)
@@ -123,6 +127,8 @@ def atomic(m: Machine, i: Instruction) -> Run:
     address, values = m.address(rest[0]), [m.read(o, kind) for o in rest[1:]]
     if space not in ("global", "shared"):
         raise Unsupported(i.text)
+    if space == "shared":
+        m.shared.serves(dtype.itemsize)
 
     def run(mask: Mask) -> None:
         some = m.some(mask)
@@ -174,14 +180,12 @@ class Copies:
         self.groups: list[list[list]] = [[] for _ in range(self.m.threads)]
 
     def start(self, at: np.ndarray, data: np.ndarray, some: np.ndarray) -> None:
-        """at [n, size]: whatever is there is lost from now on, the data come later."""
-        shared = self.m.shared
-        for row, thread in enumerate(some):
-            self.number += 1
-            shared.flying[at[row]] = self.number
+        """To places [n, granules], data [n, size], which come later."""
+        numbers = self.number + 1 + np.arange(len(some))
+        self.number += len(some)
+        self.m.shared.depart(at, numbers[:, None])
+        for row, thread in enumerate(some.tolist()):
             self.open[thread].append((at[row], data[row]))
-        shared.data[at] = 0xCC
-        shared.written[at] = False
 
     def commit(self, some: np.ndarray) -> None:
         for thread in some:
@@ -196,17 +200,13 @@ class Copies:
             ready = max(len(groups) - most, 0)
             done += [(thread, copy) for group in groups[:ready] for copy in group]
             self.groups[thread] = groups[ready:]
-        for thread, (at, data) in done:
-            self.land(int(thread), at, data)
-
-    def land(self, thread: int, at: np.ndarray, data: np.ndarray) -> None:
-        shared = self.m.shared
-        shared.data[at] = data
-        shared.written[at] = True
-        shared.flying[at] = 0
-        shared.unfenced[at] = True
-        shared.accesses.writer[at] = thread
-        shared.accesses.write_tick[at] = self.m.order.now[thread]
+        # By size: those of one instruction are alike.
+        for size in {len(at) for _, (at, _) in done}:
+            alike = [(thread, *copy) for thread, copy in done if len(copy[0]) == size]
+            threads, places, data = (np.array(part) for part in zip(*alike, strict=True))
+            threads = threads[:, None]
+            ticks = self.m.order.now[threads]
+            self.m.shared.land(places, data, threads, ticks, by_threads=True)
 
 
 @builds("cp")
@@ -223,6 +223,7 @@ def copy(m: Machine, i: Instruction) -> Run | Step:
         raise Unsupported(i.text)
     target, source = m.address(i.operands[0]), m.address(i.operands[1])
     size = int(i.operands[2], 0)
+    m.shared.serves(size)
     real = m.read(i.operands[3], "u32") if len(i.operands) > 3 else np.uint32(size)
 
     def run(mask: Mask) -> None:
@@ -237,7 +238,7 @@ def copy(m: Machine, i: Instruction) -> Run | Step:
                 raise Unsupported(i.text)
             data[these] = m.memory.load(addresses[these], size, some[these])
         targets = target(some)
-        at = m.shared._at(targets, size, some)
+        at = m.shared.places(targets, size, some)
         m.shared.check_write(at, targets, some)
         copies.start(at, data, some)
 

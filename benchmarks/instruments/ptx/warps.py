@@ -50,6 +50,8 @@ def barrier(m: Machine, i: Instruction) -> Run | Step:
 def _present(m: Machine, mask: Mask, members) -> np.ndarray:
     """Threads here; every lane that a member names must be among them."""
     some = m.some(mask)
+    if mask is None and m.threads % WARP == 0:
+        return some
     here = np.zeros(m.warp_sizes.size * WARP, bool)
     here[some] = True
     lanes = np.packbits(here.reshape(-1, WARP), axis=1, bitorder="little").view(np.uint32)[:, 0]
@@ -83,8 +85,8 @@ def shuffle(m: Machine, i: Instruction) -> Run:
     by, clamp, members = (m.read(o, "u32") for o in i.operands[2:])
     lane = (m.everyone % WARP).astype(np.int64)
 
-    def run(mask: Mask) -> None:
-        some = _present(m, mask, members)
+    def sources() -> tuple[np.ndarray, np.ndarray]:
+        """Which thread each takes from, and whether that is within its segment."""
         distance = np.asarray(by).astype(np.int64) & 31
         last, segment = (np.asarray(clamp).astype(np.int64) >> s & 31 for s in (0, 8))
         highest = (lane & segment) | (last & ~segment)
@@ -102,10 +104,17 @@ def shuffle(m: Machine, i: Instruction) -> Run:
             source = lowest | (distance & ~segment)
             inside = source <= highest
         source = np.where(inside, source, lane) + m.everyone - lane
-        source = np.broadcast_to(source, m.threads)
-        absent = np.setdiff1d(source[some], some)
-        if len(absent):
-            raise Divergence(f"takes from thread {absent[0]}, which is elsewhere")
+        return np.broadcast_to(source, m.threads), inside
+
+    constant = sources() if np.ndim(by) == np.ndim(clamp) == 0 else None
+
+    def run(mask: Mask) -> None:
+        some = _present(m, mask, members)
+        source, inside = constant or sources()
+        if len(some) < m.threads or m.threads % WARP:
+            absent = np.setdiff1d(source[some], some)
+            if len(absent):
+                raise Divergence(f"takes from thread {absent[0]}, which is elsewhere")
         result = np.broadcast_to(value, m.threads)[np.minimum(source, m.threads - 1)]
         puts[0](result, mask)
         for put in puts[1:]:

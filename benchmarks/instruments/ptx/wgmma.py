@@ -63,8 +63,8 @@ def _groups(m: Machine, mask: Mask) -> list[int]:
 
 
 def _tile(m: Machine, descriptor: int, rows: int, turned: bool) -> np.ndarray:
-    """Offsets of a matrix [rows, depth]: of 32 bytes of each row [rows, 32], along the sum; or,
-    `turned`, of each of the 16 columns [16, 2 · rows].
+    """Places of a matrix [rows, depth]: of 32 bytes of each row, along the sum; or, `turned`, of
+    each of the 16 columns, 2 · rows bytes.
     """
     start = (descriptor & 0x3FFF) << 4
     leading, stride = ((descriptor >> s & 0x3FFF) << 4 for s in (16, 32))
@@ -85,7 +85,7 @@ def _tile(m: Machine, descriptor: int, rows: int, turned: bool) -> np.ndarray:
             address = start + line // 8 * stride + piece * leading + line % 8 * 16
     address = swizzled(address, span)
     thread = np.zeros(address.size, np.int64)
-    at = m.shared._at(address.ravel().astype(np.uint64), 16, thread)
+    at = m.shared.places(address.ravel().astype(np.uint64), 16, thread)
     return at.reshape(len(line), -1)
 
 
@@ -132,20 +132,25 @@ def _multiply(m: Machine, i: Instruction, products: Products) -> Run:
     row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (register % 4 // 2)
     column = 8 * (register // 4) + 2 * (thread % 4) + register % 2
     registers = [m.read(one, "f32") for one in names]
+    tiles: dict[tuple, np.ndarray] = {}
 
     def matrix(group: int, descriptor: np.ndarray, rows: int, turned: bool) -> np.ndarray:
         threads = np.arange(group * GROUP, (group + 1) * GROUP)
         values = np.unique(np.broadcast_to(descriptor, m.threads)[threads])
         if len(values) != 1:
             raise Divergence("a group's threads give different descriptors")
-        at = _tile(m, int(values[0]), rows, turned)
-        addresses, by = at[:, 0] + m.shared.BASE, np.full(len(at), threads[0])
+        what = (int(values[0]), rows, turned)
+        if what not in tiles:
+            tiles[what] = _tile(m, *what)
+        at = tiles[what]
+        addresses = at[:, 0] * m.shared.granule + m.shared.BASE
+        by = np.full(len(at), threads[0])
         m.shared.check_fenced(at, addresses, by)
         m.shared.check_read(at, addresses, by)
         m.shared.leaving[at] += 1
         reads = products.reads.setdefault(group, [])
         reads.append((products.batch.get(group, 0), at))
-        words = np.ascontiguousarray(m.shared.data[at]).view(dtype)
+        words = m.shared.take(at).view(dtype)
         found = _DECODE[kind](words).astype(np.float64)
         return found.T if turned else found
 

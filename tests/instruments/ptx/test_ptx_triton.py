@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).parents[2]
 # Another Triton may lie there (`.ci/run` does that with the oldest).
 _PATH = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+_ALL = ("-m", "exhaustive or not exhaustive")
 _PLUGINS = ("-p", "no:cacheprovider", "-p", "benchmarks.instruments.ptx.triton_plugin")
 
 
@@ -28,7 +29,17 @@ def compiled(
     arch: str, path: str, *selection: str, part: str = "0/1"
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *_PLUGINS, *selection, str(TESTS / path)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            *_PLUGINS,
+            *_ALL,
+            *selection,
+            str(TESTS / path),
+        ],
         env={
             **os.environ,
             "TRITON_INTERPRET": "0",
