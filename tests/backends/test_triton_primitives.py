@@ -426,7 +426,7 @@ def test_strided_hidden_and_weight():
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "v"), [(5, 5000), (2, 16_400), (3, 16), (1, 1)])
-def test_logits_logps_there_and_back(dtype, name, n, v):
+def test_logits_logps_and_logits_logps_backward(dtype, name, n, v):
     options = {k: x for k, x in HEADS[name].items() if k != "bias"}
     logits = (torch.randn(n, v) * 3).to(dtype).to(DEVICE)
     labels = torch.randint(0, v, (n,)).to(DEVICE)
