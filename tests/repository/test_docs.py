@@ -19,11 +19,11 @@ from fastdpo.backends import select
 from fastdpo.data import load_reference, prepare, reference_logps
 from fastdpo.integrations import batches, hf
 from fastdpo.integrations.trl import use_fastdpo
-from fastdpo.objectives import markdown_table
+from fastdpo.objectives import OBJECTIVES, SequenceLogps, markdown_table, paired, resolve
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-OBJECTIVES = DOCS / "objectives.md"
+TABLE = DOCS / "objectives.md"
 PAGES = sorted(
     [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 )
@@ -43,7 +43,7 @@ def between(whole: str, name: str) -> str:
 
 def test_the_table_of_objectives_is_current():
     """Renew it with: python tests/repository/test_docs.py"""
-    assert between(text(OBJECTIVES), "objectives") == markdown_table().strip()
+    assert between(text(TABLE), "objectives") == markdown_table().strip()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -102,6 +102,18 @@ def code(page: str, containing: str) -> str:
     blocks = re.findall(r"^```python\n(.*?)^```$", text(DOCS / page), re.MULTILINE | re.DOTALL)
     (block,) = [block for block in blocks if containing in block]
     return block
+
+
+def test_the_example_of_an_objective_runs():
+    sequences = SequenceLogps(torch.randn(6), torch.randn(6), torch.ones(6, dtype=torch.int64))
+    options = {"beta": 0.3, "has_reference": True}
+    expected = resolve("sigmoid", **options, options={})(sequences)
+    try:
+        exec(code("../CONTRIBUTING.md", "@objective("), dict(vars(paired)))
+        found = resolve("mine", **options, options={"kappa": 0.5})(sequences)
+    finally:
+        OBJECTIVES.pop("mine", None)
+    torch.testing.assert_close(found.loss, expected.loss + 0.5)
 
 
 def test_the_quickstart_runs(capsys):
@@ -326,8 +338,8 @@ def test_each_kernel_has_tests_by_the_name_of_its_primitive():
 
 
 if __name__ == "__main__":
-    old = text(OBJECTIVES)
+    old = text(TABLE)
     begin, end = "<!-- objectives:begin -->", "<!-- objectives:end -->"
     before, rest = old.split(begin)
     new = f"{before}{begin}\n{markdown_table().strip()}\n{end}{rest.split(end)[1]}"
-    OBJECTIVES.write_text(new, encoding="utf-8")
+    TABLE.write_text(new, encoding="utf-8")
