@@ -285,7 +285,7 @@ def _refuse_gathered(reader: HeadReader) -> None:
         raise UnsupportedModel(
             f"model: the lm_head's weight is sharded ({kind}: FSDP, ZeRO-3) and is gathered only "
             "while the head is called: use dpo_loss or sequence_logps, or "
-            "fastdpo.distributed.call_head"
+            "fastdpo.parallel.call_head"
         )
 
 

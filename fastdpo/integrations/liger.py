@@ -23,8 +23,8 @@ class FusedLinearDPOLoss(torch.nn.Module):
     gradients.
 
     Where it differs: label smoothing works with "sigmoid" too (Liger ignores it there), "ipo"
-    works, a batch without tokens that carry loss gives 0 and not NaN, and every objective of
-    `fastdpo.objectives` over pairs is accepted.
+    works, a batch without tokens that carry loss gives the loss of a margin of 0
+    (ln 2) and not NaN, and every objective of `fastdpo.objectives` over pairs is accepted.
 
     Args:
         ignore_index: label of positions that carry no loss.

@@ -27,7 +27,7 @@ def causal_lm(model: nn.Module) -> Any:
 
     Raises:
         UnsupportedModel: it is none, by its class or its configuration. (What only its forward
-            shows, `fastdpo.integrations.capture.examine` finds.)
+            shows, `fastdpo.integrations.forward.examine` finds.)
     """
     lm: Any = wrappers(model)[-1]
     if not callable(getattr(lm, "get_output_embeddings", None)) or not hasattr(lm, "config"):

@@ -51,9 +51,7 @@ def linear_cross_entropy(
         workspace_bytes, backend: as in `fastdpo.loss.linear_logps`; not in verl.
 
     Returns:
-        (log-probabilities [N], entropies [N]), fp32. The gradient of the entropy is
-        `linear_logps`'s: where that has none, a backward through the entropy raises RuntimeError,
-        and log-probabilities alone are differentiated as ever.
+        (log-probabilities [N], entropies [N]), fp32, both differentiable.
 
     Raises:
         ValueError: naming the argument.

@@ -429,7 +429,7 @@ def test_strided_hidden_and_weight():
     ("n", "v"),
     sampled([(5, 5000), (2, 16_400), (3, 16), (1, 1)], [(5, 5000), (3, 16)], several=True),
 )
-def test_logits_logps_there_and_back(dtype, name, n, v):
+def test_logits_logps_and_logits_logps_backward(dtype, name, n, v):
     options = {k: x for k, x in HEADS[name].items() if k != "bias"}
     logits = (torch.randn(n, v) * 3).to(dtype).to(DEVICE)
     labels = torch.randint(0, v, (n,)).to(DEVICE)

@@ -448,7 +448,7 @@ def test_what_is_trained_does_not_change_the_bits():
         assert torch.equal(logps, reference)
 
 
-def test_a_row_does_not_depend_on_the_batch():
+def test_a_row_does_not_depend_on_its_batch():
     hidden, weight, _, labels = make(64, 700, 32, torch.float32, ignored=0.0)
     whole = linear_logps(hidden, weight, labels)
     for count in (1, 7, 33):

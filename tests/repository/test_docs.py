@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastdpo.data
 import fastdpo.loss
+import fastdpo.parallel
+from fastdpo.backends import select
 from fastdpo.data import load_reference, prepare, reference_logps
 from fastdpo.integrations import batches, hf
 from fastdpo.integrations.trl import use_fastdpo
-from fastdpo.objectives import markdown_table
+from fastdpo.objectives import OBJECTIVES, SequenceLogps, markdown_table, paired, resolve
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-OBJECTIVES = DOCS / "objectives.md"
+TABLE = DOCS / "objectives.md"
 PAGES = sorted(
     [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 )
@@ -38,7 +43,7 @@ def between(whole: str, name: str) -> str:
 
 def test_the_table_of_objectives_is_current():
     """Renew it with: python tests/repository/test_docs.py"""
-    assert between(text(OBJECTIVES), "objectives") == markdown_table().strip()
+    assert between(text(TABLE), "objectives") == markdown_table().strip()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -99,6 +104,18 @@ def code(page: str, containing: str) -> str:
     return block
 
 
+def test_the_example_of_an_objective_runs():
+    sequences = SequenceLogps(torch.randn(6), torch.randn(6), torch.ones(6, dtype=torch.int64))
+    options = {"beta": 0.3, "has_reference": True}
+    expected = resolve("sigmoid", **options, options={})(sequences)
+    try:
+        exec(code("../CONTRIBUTING.md", "@objective("), dict(vars(paired)))
+        found = resolve("mine", **options, options={"kappa": 0.5})(sequences)
+    finally:
+        OBJECTIVES.pop("mine", None)
+    torch.testing.assert_close(found.loss, expected.loss + 0.5)
+
+
 def test_the_quickstart_runs(capsys):
     names: dict[str, torch.Tensor] = {}
     exec(code("quickstart.md", "torch.randn"), names)
@@ -137,6 +154,27 @@ def test_the_example_of_a_kept_reference_runs(tmp_path, monkeypatch):
     assert len(first) == 3
 
 
+@pytest.mark.parametrize("kind", ["a list", "a data set"])
+def test_the_examples_of_packed_rows_run(kind):
+    models = pytest.importorskip("fastdpo.demo.model")
+    datasets = pytest.importorskip("datasets")
+    tokenizer = models.make_tokenizer(["a b c"])
+    rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}] * 9
+    model = models.make_model(tokenizer, 256)
+    names = {
+        "dataset": rows if kind == "a list" else datasets.Dataset.from_list(rows),
+        "tokenizer": tokenizer,
+        "model": model,
+        "ref_model": models.make_model(tokenizer, 256),
+    }
+    exec(code("tasks/packed.md", "examples = prepare"), names)
+    assert names["out"].chosen_logps.shape == (8,)
+    exec(code("tasks/packed.md", "sampler = "), names)
+    assert [len(batch["row_lengths"]) for batch in names["loader"]] == [18]
+    names["pairs"] = names["examples"]
+    exec(code("tasks/packed.md", "for part in micro_batches"), names)
+
+
 def test_the_labels_of_a_packed_batch_are_those_of_a_padded_one():
     ids = torch.randint(0, 50, (4, 7))
     keep = torch.rand(4, 7) > 0.4
@@ -152,6 +190,82 @@ def test_its_python_is_python(page):
     for block in re.findall(r"^```python\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL):
         if not block.startswith("--8<--"):  # a file, which is run elsewhere
             ast.parse(block)
+
+
+# Of libraries; the models, batches and data of an example are the reader's.
+LOWER_CASE = {"torch", "nn", "random", "timeit", "get_peft_model", "import_module"}
+
+
+def offered() -> set[str]:
+    modules = (fastdpo, fastdpo.data, fastdpo.parallel, hf)
+    return {name for module in modules for name in module.__all__}
+
+
+def unimported(blocks: list[str]) -> set[str]:
+    """Names of classes, libraries and fastdpo's own that blocks use before one of them has them."""
+    there, found = set(vars(builtins)), set()
+    for block in blocks:
+        nodes = list(ast.walk(ast.parse(block)))
+        used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        there |= {a.asname or a.name.split(".")[0] for n in nodes for a in getattr(n, "names", ())
+                  if isinstance(a, ast.alias)}  # fmt: skip
+        there |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        there |= {n.name for n in nodes if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+        if "..." not in block:  # a fragment of a call that stands above
+            named = {name for name in used if re.fullmatch(r"[A-Z]+[a-z]\w*|F", name)}
+            found |= (named | used & (LOWER_CASE | offered())) - there
+    return found
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda p: str(p.relative_to(DOCS)))
+def test_its_examples_import_what_they_use(page):
+    blocks = re.findall(r"^```python\n(.*?)^```$", text(page), re.MULTILINE | re.DOTALL)
+    assert not unimported([block for block in blocks if not block.startswith("--8<--")])
+
+
+def test_a_name_that_nothing_imports_is_found():
+    assert unimported(["x = F.pad(labels, (0, 1))"]) == {"F"}
+    assert unimported(["trainer = DPOTrainer(model)"]) == {"DPOTrainer"}
+    blocks = ["from trl import DPOTrainer", "DPOTrainer(model, torch.ones(2))"]
+    assert unimported(blocks) == {"torch"}
+    assert unimported(["linear_dpo_loss(hidden, weight, labels)"]) == {"linear_dpo_loss"}
+    assert unimported(["linear_dpo_loss(..., beta=0.1)", "import random\nrandom.random()"]) == set()
+
+
+def test_the_modules_that_docstrings_speak_of_exist():
+    missing = set()
+    for folder in ("fastdpo", "docs", "csrc", "benchmarks", "tests", "examples"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in (".py", ".md", ".cu", ".cuh", ".h", ".cpp"):
+                continue
+            for name in re.findall(r"`(fastdpo(?:\.\w+)+)`", text(path)):
+                if not resolves(name):
+                    missing.add(f"{path.relative_to(ROOT)}: {name}")
+    assert not missing
+
+
+def test_the_tests_that_pages_and_docstrings_name_exist():
+    found = {path: text(path) for path in (ROOT / "tests").rglob("test_*.py")}
+    there = {path.stem for path in found}
+    there |= {name for whole in found.values() for name in re.findall(r"def (test_\w+)", whole)}
+    named = {
+        name
+        for whole in [*map(text, PAGES), *found.values()]
+        for name in re.findall(r"`(test_\w+)`", whole)
+    }
+    # Of a docstring that gives the beginning of a name alone.
+    assert {name for name in named if not any(t.startswith(name) for t in there)} == set()
+
+
+def resolves(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except ModuleNotFoundError as error:
+        built = name == "fastdpo._cuda"  # where nvcc was
+        return built or not (error.name or "").startswith("fastdpo")
+    except AttributeError:
+        return False
+    return True
 
 
 def refused_arguments() -> set[str]:
@@ -204,11 +318,28 @@ def test_the_map_of_the_house_is_the_house():
     assert len(named) > 30
     missing = [path for path in named if not (ROOT / path).exists()]
     assert not missing, "CONTRIBUTING.md's map names what is not there"
+    whole_map = "\n".join(lines)
+    modules = [
+        path
+        for folder in ("", "core", "objectives", "backends", "data", "distributed", "integrations")
+        for path in sorted((ROOT / "fastdpo" / folder).glob("*.py"))
+        if not path.name.startswith("__")
+    ]
+    absent = [str(p.relative_to(ROOT)) for p in modules if not re.search(rf"\b{p.name}", whole_map)]
+    assert not absent, "CONTRIBUTING.md's map should have them"
+
+
+def test_each_kernel_has_tests_by_the_name_of_its_primitive():
+    """What CONTRIBUTING.md says to run: pytest tests/backends/test_triton_primitives.py -k NAME."""
+    tests = text(ROOT / "tests" / "backends" / "test_triton_primitives.py")
+    named = re.findall(r"^def test_(\w+)", tests, re.MULTILINE)
+    for primitive in select.PREFERENCE:
+        assert any(primitive in name for name in named), primitive
 
 
 if __name__ == "__main__":
-    old = text(OBJECTIVES)
+    old = text(TABLE)
     begin, end = "<!-- objectives:begin -->", "<!-- objectives:end -->"
     before, rest = old.split(begin)
     new = f"{before}{begin}\n{markdown_table().strip()}\n{end}{rest.split(end)[1]}"
-    OBJECTIVES.write_text(new, encoding="utf-8")
+    TABLE.write_text(new, encoding="utf-8")

@@ -185,6 +185,13 @@ class Machine:
             raise Unsupported(f"address {operand}")
         return lambda some: np.full(len(some), symbol, np.uint64) + offset
 
+    def parameter(self, operand: str) -> int | None:
+        """Where [name + offset] is among the parameters; None for what a register says."""
+        name, _, offset = operand.strip("[]").partition("+")
+        if name not in self.kernel.parameters:
+            return None
+        return self.kernel.parameters[name].offset + int(offset or "0", 0)
+
     def symbol(self, name: str) -> int | None:
         if name in self.kernel.parameters:
             return self.kernel.parameters[name].offset
@@ -301,8 +308,8 @@ class Machine:
             del self.waiting[name]
             self.order.barrier(waiting)
             resume = np.where(waiting, self.resume, -1)
-            for place in np.unique(resume[resume >= 0]):
-                self._join(int(place), resume == place)
+            for place in set(resume.tolist()) - {-1}:
+                self._join(place, resume == place)
 
     # ---- Preparation
 

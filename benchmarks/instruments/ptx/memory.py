@@ -224,8 +224,7 @@ class Shared:
         self.written[places] = True
         self.flying[places] = 0
         self.unfenced[places] = by_threads
-        self.accesses.writer[places] = writer
-        self.accesses.write_tick[places] = tick
+        self.accesses.note_writes(places, writer, tick)
 
     def fence(self, threads: np.ndarray) -> None:
         """What these threads wrote, or have seen, is there for hardware that copies on its own."""

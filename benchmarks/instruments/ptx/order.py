@@ -86,15 +86,20 @@ class Accesses:
         self.writer = np.zeros(granules, np.int16)
         self.read_tick = np.zeros(granules, np.int64)
         self.reader = np.zeros(granules, np.int16)
+        self.any_write = self.any_read = False  # where there is none, nothing is looked up
 
     def clear(self) -> None:
+        self.any_write = self.any_read = False
         self.write_tick.fill(0)
         self.read_tick.fill(0)
 
     def read(self, at: np.ndarray, threads: np.ndarray) -> np.ndarray:
         """Notes reads of granules `at` [n] by `threads` [n]; which of them race [n]."""
         order = self.order
-        racing = self._unordered(self.write_tick, self.writer, at, threads)
+        racing = np.zeros(len(at), bool)
+        if self.any_write:
+            racing = self._unordered(self.write_tick, self.writer, at, threads)
+        self.any_read = True
         beside = self._unordered(self.read_tick, self.reader, at, threads)
         was = self.reader[at]
         self.reader[at] = threads
@@ -109,14 +114,21 @@ class Accesses:
             self.reader[at[mixed]] = -1
         return racing
 
-    def write(self, at: np.ndarray, threads: np.ndarray, by: int | None = None) -> np.ndarray:
-        """Notes writes likewise; `by` is who is noted, where that is not the thread."""
-        racing = self._unordered(self.write_tick, self.writer, at, threads)
-        racing |= self._unordered(self.read_tick, self.reader, at, threads)
-        self.writer[at] = threads if by is None else by
-        self.write_tick[at] = self.order.now[threads]
+    def write(self, at: np.ndarray, threads: np.ndarray) -> np.ndarray:
+        """Notes writes likewise."""
+        racing = np.zeros(len(at), bool)
+        if self.any_write:
+            racing |= self._unordered(self.write_tick, self.writer, at, threads)
+        if self.any_read:
+            racing |= self._unordered(self.read_tick, self.reader, at, threads)
+        self.note_writes(at, threads, self.order.now[threads])
         self.read_tick[at] = 0
         return racing
+
+    def note_writes(self, at: np.ndarray, writers, ticks) -> None:
+        self.any_write = True
+        self.writer[at] = writers
+        self.write_tick[at] = ticks
 
     def _unordered(
         self, ticks: np.ndarray, who: np.ndarray, at: np.ndarray, threads: np.ndarray

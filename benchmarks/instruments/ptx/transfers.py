@@ -47,6 +47,16 @@ def load(m: Machine, i: Instruction) -> Run:
         raise Unsupported(i.text)
     if space == "shared":
         m.shared.serves(size)
+    if space == "param" and (place := m.parameter(i.operands[1])) is not None:
+        if place % size:
+            raise Misaligned("parameter")
+
+        def run_alike(mask: Mask) -> None:
+            """All threads read the same."""
+            for put, value in zip(puts, m.parameters[place:][:size].view(dtype), strict=True):
+                put(value, mask)
+
+        return run_alike
 
     def run(mask: Mask) -> None:
         some = m.some(mask)

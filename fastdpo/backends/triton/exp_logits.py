@@ -6,7 +6,8 @@
     4. their reduction into new anchors
     5. the exponentials again
     6. their sums
-    7. for `is_top1`, the labels' logits again, and ties (`settle_ties`)
+
+For `is_top1` the labels' logits again, and ties (`settle_ties`), between 2 and 3.
 
 Numbers 3 to 6 end at once where nothing is flagged. Where the anchors are fixed, 3 and 4 are left
 out, and the caller says which rows are flagged, if any: those that were when the anchors were
