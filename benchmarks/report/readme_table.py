@@ -59,8 +59,8 @@ ROWS = (
     ),
     Figure(
         "cpu-loss",
-        "… V 128,256, D 512, bf16, 512 tokens",
-        "llama-3-vocab-d512 512 100% head bf16",
+        "… V 128,256, D 512, fp32, 512 tokens",
+        "llama-3-vocab-d512 512 100% head fp32",
         _median,
         duration,
     ),
