@@ -10,6 +10,7 @@ answers.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from .unwrap import causal_lm, peft_model
 __all__ = ["FastDPOConfig", "FastDPOTrainer"]
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_TOKENS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 
 
 @dataclass
@@ -158,8 +160,8 @@ class FastDPOTrainer(DPOTrainer):
             autocast=self._autocast_dtype(),
             progress=not self.args.disable_tqdm,
         )
-        for key in _REFERENCE:
-            dataset = dataset.add_column(key, known[key][:])
+        for key, values in _sums(known, config.ld_alpha).items():
+            dataset = dataset.add_column(key, values)
         return dataset
 
     def _autocast_dtype(self) -> torch.dtype | None:
@@ -242,6 +244,20 @@ class FastDPOTrainer(DPOTrainer):
         if PACKED_IDS in inputs:
             inputs = {**inputs, "input_ids": inputs[PACKED_IDS]}
         return super().floating_point_ops(inputs)
+
+
+def _sums(known: Any, ld_alpha: float | None) -> dict[str, list[float]]:
+    """A kept reference as the loss wants it: LD-DPO weights tokens behind the shorter answer."""
+    if ld_alpha is None:
+        return {key: known[key][:] for key in _REFERENCE}
+    found: dict[str, list[float]] = {key: [] for key in _REFERENCE}
+    for row in known.select_columns(list(_TOKENS)):
+        pair = [row[key] for key in _TOKENS]
+        shared = min(map(len, pair))
+        for key, logps in zip(_REFERENCE, pair, strict=True):
+            tail = math.fsum(logps[shared:])
+            found[key].append(math.fsum(logps[:shared]) + ld_alpha * tail)
+    return found
 
 
 class _Loader(DataLoader):

@@ -174,6 +174,15 @@ def test_a_reference_that_is_kept(case, tmp_path, monkeypatch):
         fast(tmp_path, other, layout, **options)
 
 
+@pytest.mark.parametrize("layout", ["shared_prompts", "padded"])
+def test_a_kept_reference_is_weighted_as_the_policy_is(layout, tmp_path):
+    options = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "kept")}
+    logged, _ = ran(fast(tmp_path, model(), layout, ld_alpha=0.4, max_steps=1, **options))
+    assert logged[0]["loss"] == pytest.approx(math.log(2.0), abs=1e-5)
+    for key in ("rewards/chosen", "rewards/rejected"):
+        assert logged[0][key] == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "padded"])
 def test_a_budget_of_tokens(layout, tmp_path):
     options = {"max_steps": -1, "num_train_epochs": 2, "max_tokens_per_batch": 60}
