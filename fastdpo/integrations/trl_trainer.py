@@ -309,6 +309,10 @@ def _check(config: FastDPOConfig, given: Mapping[str, Any]) -> None:
     if config.reference_cache is not None and not config.precompute_ref_log_probs:
         checks.fail("precompute_ref_log_probs", "True with reference_cache", False)
     if config.layout == "padded":
+        cut = config.max_length is not None and config.truncation_mode == "keep_end"
+        if config.reference_cache is not None and cut:
+            should = "'keep_start' with reference_cache and layout='padded', which TRL cuts"
+            checks.fail("truncation_mode", should, "'keep_end'")
         return
     with_layout = f"with layout={config.layout!r}"
     if config.padding_free:

@@ -269,6 +269,15 @@ class TestRefused:
             ({"padding_free": True}, "padding_free should be False with layout='shared_prompts'"),
             ({"remove_unused_columns": False}, "remove_unused_columns should be True"),
             ({"reference_cache": "x"}, "precompute_ref_log_probs should be True with reference_"),
+            (
+                {
+                    "layout": "padded",
+                    "truncation_mode": "keep_end",
+                    "precompute_ref_log_probs": True,
+                    "reference_cache": "x",
+                },
+                "truncation_mode should be 'keep_start' with reference_cache",
+            ),
             ({"max_tokens_per_batch": 0}, "max_tokens_per_batch should be a positive integer"),
             (
                 {"max_tokens_per_batch": 99, **ORDER},
