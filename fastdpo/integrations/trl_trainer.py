@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from trl import DPOConfig, DPOTrainer
@@ -144,7 +145,7 @@ class FastDPOTrainer(DPOTrainer):
             return dataset
         config: Any = self.args
         if config.reference_cache is None:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            return self._precompute_by_trl(dataset, name, batch_size)
         model: Any = self.model if self.ref_model is None else self.ref_model
         peft = peft_model(model) if self.ref_model is None else None
         adapter = None
@@ -163,6 +164,18 @@ class FastDPOTrainer(DPOTrainer):
         for key, values in _sums(known, config.ld_alpha).items():
             dataset = dataset.add_column(key, values)
         return dataset
+
+    def _precompute_by_trl(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL keeps the numbers in the data set's cache, under a name made of data and weights."""
+        own: Any = getattr(self, "_precompute_model_hash", None)
+        config: Any = self.args
+        cut = (config.max_length, config.truncation_mode)
+        subject = (own, self.layout, *cut, config.ld_alpha, str(self._autocast_dtype()))
+        self._precompute_model_hash = Hasher.hash(subject)
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = own
 
     def _autocast_dtype(self) -> torch.dtype | None:
         if self.args.bf16:

@@ -174,6 +174,27 @@ def test_a_reference_that_is_kept(case, tmp_path, monkeypatch):
         fast(tmp_path, other, layout, **options)
 
 
+def test_what_trl_keeps_is_of_this_layout_and_these_options(tmp_path, monkeypatch):
+    """Of one data set and one model, in an order in which they would be mistaken."""
+    pairs().save_to_disk(tmp_path / "pairs")
+    same, known = tokenizer(), ("ref_chosen_logps", "ref_rejected_logps")
+    monkeypatch.setitem(globals(), "tokenizer", lambda: same)
+
+    def made(layout="shared_prompts", **options):
+        options |= {"truncation_mode": "keep_end", "precompute_ref_log_probs": True}
+        data = datasets.load_from_disk(tmp_path / "pairs")
+        trainer = fast(tmp_path, model(), layout, data=data, **options)
+        return [value for key in known for value in trainer.train_dataset[key]]
+
+    whole = made(max_length=40)
+    assert made(max_length=40, ld_alpha=0.4) != pytest.approx(whole, abs=1e-2)
+    padded, cut = made("padded", max_length=11), made(max_length=11)
+    assert cut != pytest.approx(padded, abs=1e-4)
+    assert cut != pytest.approx(whole, abs=1e-4)
+    kept = made(max_length=11, reference_cache=str(tmp_path / "kept"))
+    assert cut == pytest.approx(kept, abs=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["shared_prompts", "padded"])
 def test_a_kept_reference_is_weighted_as_the_policy_is(layout, tmp_path):
     options = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "kept")}
