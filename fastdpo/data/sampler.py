@@ -124,12 +124,14 @@ class TokenBudgetSampler(Sampler[list[int]]):
             self._batches = (self.epoch, self._planned())
         return self._batches[1]
 
-    def _planned(self) -> list[list[int]]:
+    def _planned(self, draw: int = 0) -> list[list[int]]:
+        """`draw` is another order of the same epoch."""
         order = list(range(len(self.lengths)))
         if not self.shuffle:
             batches = list(self._filled(order))
         else:
-            generator = random.Random(f"{self.seed} {self.epoch}")
+            name = f"{self.seed} {self.epoch}"
+            generator = random.Random(f"{name} {draw}" if draw else name)
             generator.shuffle(order)
             per_batch = max(1, self.budget // max(1, self._mean()))
             bucket = per_batch * _BATCHES_IN_A_BUCKET * self.num_replicas

@@ -9,8 +9,11 @@ answers.
 
 from __future__ import annotations
 
+import functools
+import heapq
 import inspect
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +39,8 @@ __all__ = ["FastDPOConfig", "FastDPOTrainer"]
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _TOKENS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+# Of a budget's batches: epochs whose number is looked at, and orders that are tried for one.
+_COUNTED, _DRAWS = 3, 16
 
 
 @dataclass
@@ -201,7 +206,7 @@ class FastDPOTrainer(DPOTrainer):
             return super().get_train_dataloader()
         args, dataset = self.args, self.train_dataset
         self._set_signature_columns_if_needed()
-        sampler = TokenBudgetSampler(
+        sampler = _SteadySampler(
             dataset,  # type: ignore[arg-type]
             self._collator(),
             self._budget,
@@ -270,6 +275,52 @@ def _sums(known: Any, ld_alpha: float | None) -> dict[str, list[float]]:
         for key, logps in zip(_REFERENCE, pair, strict=True):
             tail = math.fsum(logps[shared:])
             found[key].append(math.fsum(logps[:shared]) + ld_alpha * tail)
+    return found
+
+
+class _SteadySampler(TokenBudgetSampler):
+    """As many batches in every epoch. transformers counts those of the first, and goes by that: of
+    an epoch with more the last ones would be left out, and one with fewer would leave accumulated
+    gradients to the next.
+    """
+
+    def _planned(self, draw: int = 0) -> list[list[int]]:
+        count = self._count
+        for number in range(_DRAWS):
+            batches = super()._planned(number)
+            if len(batches) <= count:
+                return _split(batches, count)
+        # The first epoch's batches in another order, those of one step together.
+        batches, size = self._of_epoch(0), self.num_replicas
+        steps = [batches[i : i + size] for i in range(0, len(batches), size)]
+        random.Random(f"{self.seed} {self.epoch}").shuffle(steps)
+        return _split([batch for step in steps for batch in step], count)
+
+    @functools.cached_property
+    def _count(self) -> int:
+        """The most that one of the first epochs has: the others then rarely have more."""
+        return max(len(self._of_epoch(epoch)) for epoch in range(_COUNTED))
+
+    def _of_epoch(self, epoch: int) -> list[list[int]]:
+        own, self.epoch = self.epoch, epoch
+        try:
+            return super()._planned()
+        finally:
+            self.epoch = own
+
+
+def _split(batches: list[list[int]], count: int) -> list[list[int]]:
+    """Two of the batches with the most pairs, until there are so many; the second halves last."""
+    found = list(batches)
+    largest = [(-len(batch), i) for i, batch in enumerate(found)]
+    heapq.heapify(largest)
+    while len(found) < count and largest[0][0] < -1:
+        _, i = heapq.heappop(largest)
+        half = (len(found[i]) + 1) // 2
+        found[i], rest = found[i][:half], found[i][half:]
+        heapq.heappush(largest, (-len(found[i]), i))
+        heapq.heappush(largest, (-len(rest), len(found)))
+        found.append(rest)
     return found
 
 

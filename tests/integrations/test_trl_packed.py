@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from sampling import sampled
 from test_trl import (
     BATCH,
@@ -28,6 +29,7 @@ from test_trl import (
 )
 from test_trl import _fresh_accelerate as _fresh_accelerate
 
+from fastdpo.data import TokenBudgetSampler
 from fastdpo.integrations.trl import FastDPOConfig, FastDPOTrainer
 from fastdpo.integrations.unwrap import UnsupportedModel
 
@@ -232,6 +234,43 @@ def test_every_pair_weighs_the_same_in_an_accumulated_step(tmp_path):
     assert logged[0]["loss"] == pytest.approx(base[0][0]["loss"], abs=1e-5)
     for a, b in zip(trained.parameters(), base[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_epochs_that_would_have_other_numbers_of_batches(tmp_path, monkeypatch):
+    """No pair is left out, and no gradient is left to the next epoch."""
+    monkeypatch.setattr("fastdpo.data.sampler._BATCHES_IN_A_BUCKET", 1)  # of so few pairs
+    epochs = 12
+    options = {
+        "max_steps": -1,
+        "num_train_epochs": epochs,
+        "max_tokens_per_batch": 60,
+        "gradient_accumulation_steps": 2,
+    }
+    trainer = fast(tmp_path, model(), "packed", disturbed(model()), **options)
+    counts, seed = set(), trainer.args.seed
+    sampler = TokenBudgetSampler(trainer.train_dataset, trainer._collator(), 60, seed=seed)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        counts.add(len(sampler))
+    assert len(counts) > 1  # else nothing has been shown
+    seen, in_step, real = [], [], trainer.training_step
+
+    def step(model, inputs, *args, **kwargs):
+        seen.append(inputs["completion_mask"].shape[0] // 2)
+        in_step.append(seen[-1])
+        return real(model, inputs, *args, **kwargs)
+
+    class Counted(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            assert sum(in_step) == int(trainer._pairs_in_step)
+            in_step.clear()
+
+    trainer.training_step = step
+    trainer.add_callback(Counted())
+    ran(trainer)
+    assert sum(seen) == epochs * len(pairs())
+    assert not in_step
+    assert trainer.state.global_step == trainer.state.max_steps
 
 
 def test_a_run_that_was_interrupted_goes_on(tmp_path):
