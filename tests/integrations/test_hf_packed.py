@@ -141,24 +141,39 @@ def test_models_that_carry_a_state_are_refused(family, layout):
         hf.dpo_loss(model, PairCollator(0, layout)(pairs()), reference_free=True)
 
 
-def test_a_model_that_nobody_knows_to_be_wrong_is_found_out():
-    """GPT-Neo's local layers count a window along the row."""
+def gpt_neo(window):
+    """Its local layers count a window along the row."""
     family = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
         "num_layers": 2,
         "num_heads": 4,
         "attention_types": [[["global", "local"], 1]],
-        "window_size": 5,
-        "max_position_embeddings": 64,
+        "window_size": window,
+        "max_position_embeddings": 2048,
         "intermediate_size": 48,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "GPTNeo", family)
-        model = build("GPTNeo")
+        return build("GPTNeo")
+
+
+@pytest.mark.parametrize("window", [5, 70])
+def test_a_model_that_nobody_knows_to_be_wrong_is_found_out(window):
+    model = gpt_neo(window)
+    model.config.attention_layers = None  # its layers know
     assert_like_padded(model, "packed", "eager")
     with pytest.raises(hf.UnsupportedModel, match="is not right about rows of layout='shared"):
         hf.dpo_loss(model, PairCollator(0, "shared_prompts")(pairs()), reference_free=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_along_the_row(dtype):
+    """Wider than what is tried, and in 16 bits lost in the roundings."""
+    model = gpt_neo(256).to(dtype)
+    with pytest.raises(hf.UnsupportedModel, match=r"window along the row, .* instead of 'shared_"):
+        hf.dpo_loss(model, PairCollator(0, "shared_prompts")(pairs()), reference_free=True)
+    hf.dpo_loss(model, PairCollator(0, "packed", attention="eager")(pairs()), reference_free=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
