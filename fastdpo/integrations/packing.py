@@ -170,6 +170,7 @@ def check_attention(lm: nn.Module, tokens: PackedTokens) -> None:
         UnsupportedModel: the model's attention implementation cannot do the layout, or not as the
             batch has it.
     """
+    _check_temperatures(lm, tokens)
     implementation = attention_of(lm)
     if _is_flash(implementation):
         _check_varlen(implementation, tokens)
@@ -188,6 +189,20 @@ def check_attention(lm: nn.Module, tokens: PackedTokens) -> None:
         raise UnsupportedModel(
             "model: FlexAttention has no backward on a CPU: load the model with "
             "attn_implementation='sdpa'"
+        )
+
+
+def _check_temperatures(lm: Any, tokens: PackedTokens) -> None:
+    """Llama 4's layers without rotations scale attention by the place in the row, which shows from
+    `floor_scale` tokens on."""
+    config, length = lm.config.get_text_config(), tokens.input_ids.shape[1]
+    scale = getattr(config, "floor_scale", None)
+    if getattr(config, "attn_temperature_tuning", False) and scale is not None and length >= scale:
+        raise UnsupportedModel(
+            f"model: {type(lm).__name__} scales its attention by a token's place in the row, where "
+            f"rows have {scale} tokens or more, got {length}: make rows shorter (fewer examples, "
+            f"or attention='sdpa' in PairCollator), or use layout='padded' instead of "
+            f"{tokens.layout!r}"
         )
 
 

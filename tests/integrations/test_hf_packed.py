@@ -176,6 +176,16 @@ def test_windows_along_the_row(dtype):
     hf.dpo_loss(model, PairCollator(0, "packed", attention="eager")(pairs()), reference_free=True)
 
 
+def test_attention_that_is_scaled_by_the_place_in_the_row():
+    """Llama 4's, from `floor_scale` tokens on: more than what is tried."""
+    model = made("Llama4", floor_scale=45)
+    collator = PairCollator(0, "shared_prompts")
+    hf.dpo_loss(model, collator(pairs()), reference_free=True)
+    long = collator(pairs(sizes=((9, 20, 20), (2, 7, 6))))
+    with pytest.raises(hf.UnsupportedModel, match="45 tokens or more, got 49: make rows shorter"):
+        hf.dpo_loss(model, long, reference_free=True)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_check_is_made_once(layout, monkeypatch):
     model, calls = build("Llama"), []
