@@ -282,7 +282,7 @@ class _LastRows:
 
     def __init__(self) -> None:
         self._labels: Callable[[], Tensor | None] = lambda: None
-        self._version = 0
+        self._seen: tuple[int, bool] | None = None
         self._rows: Rows | None = None
 
     def find(
@@ -293,9 +293,10 @@ class _LastRows:
     ) -> Rows:
         if is_traced(labels) or labels.is_inference():
             return find_rows(model, shifted)
-        if self._rows is None or self._labels() is not labels or self._version != labels._version:
+        seen = labels._version, shifted is labels  # they may come as shift_labels, and as labels
+        if self._rows is None or self._labels() is not labels or self._seen != seen:
             self._rows = find_rows(model, shifted)  # first, as it may raise
-            self._labels, self._version = weakref.ref(labels, self._forget), labels._version
+            self._labels, self._seen = weakref.ref(labels, self._forget), seen
         return self._rows
 
     def _forget(self, _: object) -> None:
