@@ -49,7 +49,7 @@ from .families import FAMILIES, HeadRule
 from .forward import examine
 from .heads import hidden_scale, read_head, vocab_parallel
 from .packing import PackedTokens
-from .reference import as_reference
+from .reference import as_reference, check_another
 from .registered import HeadParts, register_head
 from .tokens import TokenOptions, rows_with_loss, token_logps, tokens_loss
 from .unwrap import UnsupportedModel
@@ -267,6 +267,8 @@ def dpo_loss(
     if ref_model is not None and parts.ref_logps is not None:
         given = reference_keys(resolved)[0]
         raise ValueError(f"ref_model should be None where the batch has {given}")
+    if ref_model is not None:
+        check_another(model, ref_model)
     known = reference_free or parts.ref_logps is not None
     if ref_adapter is not None and (known or ref_model is not None):
         raise ValueError(

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.layouts import documents_of, rows_of, varlen
-from .forward import is_prompted, listener, takes_positions
+from .forward import listener, takes_positions
 from .order import eagerly, ordinary_tokens
 from .packing import PackedTokens, attention_of, kinds_of
 from .positions import positions
 from .reference import without_dropout
-from .unwrap import UnsupportedModel, causal_lm
+from .unwrap import UnsupportedModel, causal_lm, is_prompted
 
 # The largest difference, as a part of a hidden state's norm: fp32, and 16 bits or TF32. There the
 # median over an answer is taken: a mixture of experts chooses others where two are nearly equal.

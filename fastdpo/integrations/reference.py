@@ -16,7 +16,7 @@ from torch import nn
 
 from .quantized import rounds_hidden
 from .registered import description_of
-from .unwrap import peft_model
+from .unwrap import causal_lm, is_prompted, peft_model
 
 REF_ADAPTER = "ref"  # the name that TRL gives to the frozen copy of an adapter
 BASE = "__base__"  # PEFT's name for no adapter at all
@@ -51,6 +51,22 @@ def as_reference(
         yield reference
         if ref_model is not None:
             _reshard(ref_model)
+
+
+def check_another(model: nn.Module, ref_model: nn.Module) -> None:
+    """PEFT puts most of its adapters into the model that it is given: what was the base is the
+    policy from then on. But for prompts, which stay in the wrapper.
+
+    Raises:
+        ValueError: the policy would be compared with itself.
+    """
+    prompted = is_prompted(model) or is_prompted(ref_model)
+    if causal_lm(model) is causal_lm(ref_model) and not prompted:
+        raise ValueError(
+            "ref_model should be another model than model, got the same one: all log-ratios are 0 "
+            "(get_peft_model changes the model that it is given: leave ref_model out, and the "
+            "reference is the model without its adapter)"
+        )
 
 
 def _reshard(model: nn.Module) -> None:

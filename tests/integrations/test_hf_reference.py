@@ -122,6 +122,19 @@ def test_a_module_that_overrides_train_is_put_back():
     assert all(m.training for m in model.modules())
 
 
+def test_the_policy_is_not_its_reference():
+    """Whatever it is called: get_peft_model has changed what it was given."""
+    base = build("Llama")
+    model = lora(base)
+    for policy, reference in ((base, base), (model, base), (base, model), (model, model)):
+        with pytest.raises(ValueError, match="ref_model should be another model than model"):
+            hf.dpo_loss(policy, pairs(), reference)
+    peft = pytest.importorskip("peft")
+    base = build("Llama")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    hf.dpo_loss(peft.get_peft_model(base, config), pairs(), base)  # which leaves it as it was
+
+
 @pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 @pytest.mark.parametrize("name", [None, "ref", "frozen"])
 def test_training_that_continues_an_adapter_starts_at_ln_2(name, target_modules):
