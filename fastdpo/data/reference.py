@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.sequences import sequence_sums
 from ..integrations import hf
 from ..integrations.heads import HeadReader
-from ..integrations.reference import BASE, with_adapter, without_dropout
+from ..integrations.reference import BASE, check_base, with_adapter, without_dropout
 from ..integrations.tokens import TokenOptions
 from ..integrations.unwrap import causal_lm, peft_model
 from . import reference_key as keys
@@ -307,6 +307,8 @@ def _check_adapter(model: nn.Module, ref_adapter: str | None) -> None:
             f"ref_adapter should be the adapter that is the reference, one of {names}, or {BASE!r} "
             f"for the model without adapters, got {ref_adapter!r}"
         )
+    if ref_adapter == BASE:
+        check_base(peft)
     if any(getattr(module, "merged", False) is True for module in peft.modules()):
         raise ValueError("model should have its adapters unmerged (unmerge_adapter)")
 

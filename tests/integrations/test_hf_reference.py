@@ -95,7 +95,7 @@ def test_a_second_model_has_no_dropout_either():
 def test_modes_and_flags_come_back_after_an_error():
     model = continued().train()
     model.base_model.model.model.layers[0].eval()
-    next(iter(model.parameters())).requires_grad_(True)
+    next(p for path, p in model.named_parameters() if ".ref." in path).requires_grad_(True)
     before = everything(model)
 
     def fail(*_):
@@ -183,6 +183,33 @@ def test_flags_that_somebody_chose_stay():
     hf.dpo_loss(model, pairs()).loss.backward()
     assert everything(model) == before
     assert all("lora_B" in path for path in gradients(model))
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_base_that_gave_something_to_its_adapter_is_no_reference(how):
+    """Training starts from both together."""
+    data, before = pairs(), build("Llama")
+    model = lora(build("Llama"), init_lora_weights=how)
+    for name in (None, "__base__"):
+        with pytest.raises(ValueError, match=rf"ref_model should be given: adapter .* by '{how}'"):
+            hf.dpo_loss(model, data, ref_adapter=name)
+    assert hf.dpo_loss(model, data, before).loss.item() == pytest.approx(LN2, abs=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["biases", "a norm", "the head beside its adapter"])
+def test_what_is_trained_beside_adapters_is_no_reference(trained):
+    if trained == "biases":
+        model = lora(build("Phi"), bias="all")
+    else:
+        model = lora(build("Llama"), target_modules=["q_proj", "lm_head"])
+        norm, head = model.base_model.model.model.norm, model.get_output_embeddings().base_layer
+        (norm if trained == "a norm" else head).weight.requires_grad_(True)
+    message = "ref_model should be given .* requires_grad=True: the reference would move"
+    with pytest.raises(ValueError, match=message):
+        hf.dpo_loss(model, pairs())
+    with torch.no_grad():  # nothing is trained
+        hf.dpo_loss(model, pairs())
+    hf.dpo_loss(model, pairs(), copy.deepcopy(model))
 
 
 def test_several_active_adapters():
