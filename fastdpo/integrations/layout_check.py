@@ -205,12 +205,19 @@ def _refusal(lm: Any, tokens: PackedTokens) -> str | None:
     if shared and "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
         return "counts a local layer's window along the row, across answers"
     for module in _text_modules(lm):
+        variants = getattr(module, "lora_variant", None)
+        if isinstance(variants, dict) and any(map(_begins_in_the_row, variants.values())):
+            return "has an adapter that begins at a place in each row (aLoRA)"
         if isinstance(module, (nn.Conv1d, nn.RNNBase)) or _RECURRENT.search(type(module).__name__):
             return (
                 "carries a state along the row, which no mask interrupts (a "
                 f"{type(module).__name__})"
             )
     return None
+
+
+def _begins_in_the_row(variant: Any) -> bool:
+    return type(variant).__name__.startswith("ALora")
 
 
 def _text_modules(lm: Any) -> Iterator[nn.Module]:

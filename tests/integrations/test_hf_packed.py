@@ -545,6 +545,14 @@ class TestRefused:
         model = peft.get_peft_model(build("Llama"), config)
         self.refuses("virtual tokens", None, model)
 
+    def test_an_adapter_that_begins_in_the_row(self):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]
+        )
+        model = peft.get_peft_model(build("Llama"), config)
+        self.refuses("begins at a place in each row", None, model)
+
 
 def test_nothing_is_asked_before_bad_input_is_refused(monkeypatch):
     monkeypatch.setattr(tokens, "check_layout", pytest.fail)
