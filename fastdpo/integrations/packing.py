@@ -108,11 +108,11 @@ class PackedTokens:
             )
         if index.is_cpu and bool(((index < 0) | (index >= shape.numel())).any()):
             raise ValueError(f"row_index should be positions in [0, {shape.numel()})")
+        should = f"row_lengths should add up to the {index.shape[0]} rows of row_labels"
         if lengths.is_cpu and int(lengths.sum()) != index.shape[0]:
-            raise ValueError(
-                f"row_lengths should add up to the {index.shape[0]} rows of row_labels, got "
-                f"{int(lengths.sum())}"
-            )
+            raise ValueError(f"{should}, got {int(lengths.sum())}")
+        if lengths.is_cuda:  # nothing waits
+            torch._assert_async(lengths.sum() == index.shape[0], should)
 
     @property
     def num_sequences(self) -> int:

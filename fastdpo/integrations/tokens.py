@@ -109,9 +109,9 @@ def _check_all_named(
         "or let with_row_index find them again"
     )
     same = (shifted_labels != IGNORE_INDEX).sum() == row_index.numel()
-    if not same.is_cpu:
+    if same.is_cuda:
         torch._assert_async(same, message)
-    elif not bool(same):
+    elif same.is_cpu and not bool(same):
         raise ValueError(message)
 
 
