@@ -56,7 +56,7 @@ def as_reference(
             if name is None:
                 check_base(peft)
             if trains:
-                _check_frozen(peft)
+                check_frozen(peft)
             stack.enter_context(with_adapter(peft, name))
         stack.enter_context(without_dropout(reference))
         yield reference
@@ -97,7 +97,7 @@ def check_base(peft: Any) -> None:
             )
 
 
-def _check_frozen(peft: Any) -> None:
+def check_frozen(peft: Any) -> None:
     """
     Raises:
         ValueError: the reference would be trained too.

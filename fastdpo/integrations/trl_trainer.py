@@ -31,7 +31,7 @@ from ..data.layouts import LAYOUTS
 from ..data.reference import reference_logps
 from ..data.truncation import truncate
 from .packing import PACKED_IDS, attention_of
-from .reference import BASE, REF_ADAPTER
+from .reference import BASE, REF_ADAPTER, check_base, check_frozen
 from .trl import patched
 from .unwrap import causal_lm, peft_model
 
@@ -107,6 +107,8 @@ class FastDPOTrainer(DPOTrainer):
         with patched():
             super().__init__(**given)
         self._lay_out()
+        if not config.precompute_ref_log_probs:
+            self._check_reference(stays=False)
         if self.layout != "padded":
             _check_built(self)
             self._check_lengths()
@@ -148,6 +150,7 @@ class FastDPOTrainer(DPOTrainer):
         self._lay_out()
         if set(_REFERENCE) <= set(dataset.column_names):
             return dataset
+        self._check_reference(stays=self.state.global_step == 0)
         config: Any = self.args
         if config.reference_cache is None:
             return self._precompute_by_trl(dataset, name, batch_size)
@@ -169,6 +172,16 @@ class FastDPOTrainer(DPOTrainer):
         for key, values in _sums(known, config.ld_alpha).items():
             dataset = dataset.add_column(key, values)
         return dataset
+
+    def _check_reference(self, stays: bool) -> None:
+        """Of a PEFT model by itself: what training starts from, and would move away from."""
+        peft = peft_model(self.model) if self.ref_model is None else None  # type: ignore[arg-type]
+        if peft is None:
+            return
+        if REF_ADAPTER not in peft.peft_config:
+            check_base(peft)
+        if not stays:
+            check_frozen(peft)
 
     def _precompute_by_trl(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL keeps the numbers in the data set's cache, under a name made of data and weights."""

@@ -381,6 +381,23 @@ class TestRefused:
                 **{name: print},
             )
 
+    @pytest.mark.parametrize("known", [False, True])
+    def test_a_base_that_is_no_reference(self, known, tmp_path):
+        peft = pytest.importorskip("peft")
+
+        def made(**options):
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], **options)
+            options = {"precompute_ref_log_probs": known, "peft_config": config}
+            return fast(tmp_path, model(attention_bias=True), "packed", **options)
+
+        with pytest.raises(ValueError, match=r"ref_model should be given: adapter .* by 'pissa'"):
+            made(init_lora_weights="pissa")
+        if known:  # before anything is trained
+            made(bias="all")
+        else:
+            with pytest.raises(ValueError, match="requires_grad=True: the reference would move"):
+                made(bias="all")
+
     def test_a_model_that_carries_a_state(self, tmp_path):
         policy = model("Mamba", state_size=8)
         trainer = fast(tmp_path, policy, "packed", model("Mamba", state_size=8))
