@@ -112,6 +112,19 @@ def test_it_goes_on_where_it_was():
         sampler(seed=1).load_state_dict(state)
 
 
+def test_a_look_at_the_first_batch_takes_nothing_away():
+    whole, part = list(sampler()), sampler()
+    assert next(iter(part)) == whole[0]
+    assert list(part) == whole
+    for number, _ in enumerate(part):  # one that ends in the middle, beside another
+        if number == 2:
+            break
+    iterator = iter(part)
+    assert next(iterator) == whole[0]
+    assert list(part) == whole
+    assert list(iterator) == whole[1:]
+
+
 def test_in_a_data_loader():
     data, collator = examples(), PairCollator(0, "shared_prompts")
     batches = TokenBudgetSampler(data, collator, 400)
