@@ -160,7 +160,7 @@ def sequence_logps(
     shared = checks.shares_sequences(sequence_parallel)
     check_sequences(shared, tokens, model_kwargs)
     if shared is None:
-        examine(model, input_ids.device, labels=labels, **model_kwargs)
+        examine(model, input_ids.device, labels=tokens.own_labels, **model_kwargs)
     found = rows_with_loss(model, tokens, row_index)
     logps, _ = token_logps(model, tokens, found, options, in_order=shared is None, **model_kwargs)
     if per_token:
@@ -293,7 +293,7 @@ def dpo_loss(
         normalization=checks.normalization(num_pairs, num_tokens, data_parallel, resolved, count),
     )
     if shared is None:  # before the reference is computed
-        examine(model, tokens.input_ids.device, labels=tokens.labels, **model_kwargs)
+        examine(model, tokens.input_ids.device, labels=tokens.own_labels, **model_kwargs)
     found = rows_with_loss(model, tokens, parts.row_index)
     run = functools.partial(token_logps, in_order=shared is None)
 

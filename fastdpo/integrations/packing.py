@@ -45,6 +45,7 @@ class PackedTokens:
 
     # As `Tokens` has them.
     labels = None
+    own_labels = None
     attention_mask = None
 
     @classmethod

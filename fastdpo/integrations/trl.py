@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..core import checks
 from ..core.autograd import is_traced
 from ..core.rows import Rows
-from .batches import IGNORE_INDEX, shifted_labels
+from .batches import IGNORE_INDEX, shifted_labels, unshifted_labels
 from .forward import AUX_LOSS, answered_inside, examine
 from .packing import PackedTokens
 from .reference import without_dropout
@@ -350,7 +350,8 @@ def _answer(lm: nn.Module, options: TokenOptions) -> None:
             if packed is not None:
                 answers = _packed(self, packed, options, own, kwargs)
             else:
-                examine(self, shifted.device, labels=labels, forward=own, **asked)
+                known = unshifted_labels(shifted) if labels is None else labels
+                examine(self, shifted.device, labels=known, forward=own, **asked)
                 answers = answered_inside(self, shifted, answer=answer, forward=own, **kwargs)
         tokens = logps_of(answers)._asdict()
         if packed is not None:  # to where the labels are
