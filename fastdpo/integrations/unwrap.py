@@ -70,8 +70,10 @@ def peft_model(model: nn.Module) -> Any | None:
 
 
 def is_prompted(model: nn.Module) -> bool:
-    """Has it an adapter that puts virtual tokens before the sequence?"""
+    """Has it an adapter that puts virtual tokens before the sequence, and is not disabled?"""
     peft = peft_model(model)
+    if getattr(peft, "_adapters_disabled", False):
+        return False
     return bool(getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False))
 
 

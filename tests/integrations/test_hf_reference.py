@@ -243,6 +243,24 @@ def test_prompts_have_copies_too():
     assert weights[0].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_model_without_its_prompt_is_the_reference(padding):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base = build("Llama")
+    model = peft.get_peft_model(base, config)
+    input_ids, attention_mask, labels = batch(padding=padding)
+    expected = hf.sequence_logps(base, input_ids, labels, attention_mask).detach()
+    with torch.no_grad(), with_adapter(model, None):
+        found = hf.sequence_logps(model, input_ids, labels, attention_mask)
+    torch.testing.assert_close(found, expected)
+    if padding == "right":
+        out = hf.dpo_loss(model, pairs())
+        torch.testing.assert_close(out.loss, hf.dpo_loss(model, pairs(), base).loss)
+        out.loss.backward()
+        assert model.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
 def test_compiled_models_compile_twice_and_no_more():
     from torch._dynamo.testing import CompileCounter
 
