@@ -110,6 +110,8 @@ class TokenBudgetSampler(Sampler[list[int]]):
             "examples": len(self.lengths),
             "tokens": sum(prompt + sum(answers) for prompt, answers in self.lengths),
             "layout": self.collator.layout,
+            "one_row": self.collator._one_row,  # by its attention
+            "pad_to_multiple_of": self.collator.pad_to_multiple_of,
             "max_tokens_per_batch": self.budget,
             "shuffle": self.shuffle,
             "seed": self.seed,

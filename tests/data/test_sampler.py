@@ -110,6 +110,10 @@ def test_it_goes_on_where_it_was():
     other = r"state should be of this sampler, which has \{'seed': 1\}"
     with pytest.raises(ValueError, match=other):
         sampler(seed=1).load_state_dict(state)
+    # Rows that are laid out otherwise make other batches.
+    assert list(sampler(attention="flex_attention")) != whole
+    with pytest.raises(ValueError, match=r"which has \{'one_row': True\}"):
+        sampler(attention="flex_attention").load_state_dict(state)
 
 
 def test_a_look_at_the_first_batch_takes_nothing_away():
