@@ -99,8 +99,10 @@ def reference_logps(
 
     Raises:
         ValueError: naming the argument, or every part in which the folder differs, before anything
-            is computed; another process writes into the folder; or a log-probability is no finite
-            number, naming the example (what was computed until then stays).
+            is computed; a model's rotations would make the numbers depend on the batches, and not
+            in the last bits alone (longrope, dynamic), and there are none; another process writes
+            into the folder; or a log-probability is no finite number, naming
+            the example (what was computed until then stays).
         UnsupportedModel: a ValueError; see `fastdpo.integrations.hf.sequence_logps`.
     """
     _needs_datasets()
@@ -118,6 +120,8 @@ def reference_logps(
     if not (callable(progress) or isinstance(progress, bool)):
         raise ValueError(f"progress should be True, False or a function, got {progress!r}")
     lengths, data = _read(examples, run)
+    if batches is None:
+        _refuse_rotations(model, lengths)
     planned = _planned(lengths, collator, max_tokens_per_batch, batches)
     key = {
         **keys.version_part(),
@@ -356,6 +360,37 @@ def _read(examples: Any, run: Run) -> tuple[list[Length], keys.DataHash]:
         data.add(prompt, answers)
         lengths.append((len(prompt), tuple(map(len, answers))))
     return lengths, data
+
+
+def _refuse_rotations(model: nn.Module, lengths: Sequence[Length]) -> None:
+    """
+    Raises:
+        ValueError: the longest sequence of a batch decides on the rotations of all of them.
+    """
+    config = causal_lm(model).config.get_text_config()
+    found = [prompt + answer for prompt, answers in lengths for answer in answers]
+    shortest, longest = min(found), max(found)
+    for kind, limit in _limits(config):
+        mixed = shortest < longest if kind == "dynamic" else shortest <= limit
+        if longest > limit and mixed:
+            raise ValueError(
+                f"examples should have at most {limit} tokens, prompt and answer, or batches be "
+                f"those of the training, got {longest} tokens: the model's rotations ({kind}) "
+                "depend on a batch's longest sequence, and with them the numbers of the others"
+            )
+
+
+def _limits(config: Any) -> Iterator[tuple[str, int]]:
+    """Of rotations that are others for long sequences: up to which length they are the same."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (given, *given.values()):  # of the model, or of each kind of its layers
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+        if kind == "dynamic":
+            yield kind, config.max_position_embeddings
+        elif kind == "longrope":
+            own = getattr(config, "original_max_position_embeddings", None)
+            limit = rope.get("original_max_position_embeddings") or own
+            yield kind, limit or config.max_position_embeddings
 
 
 def _planned(
