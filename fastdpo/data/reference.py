@@ -121,7 +121,8 @@ def reference_logps(
         raise ValueError(f"progress should be True, False or a function, got {progress!r}")
     lengths, data = _read(examples, run)
     if batches is None:
-        _refuse_rotations(model, lengths)
+        found = [prompt + answer for prompt, answers in lengths for answer in answers]
+        refuse_rotations(model, found)
     planned = _planned(lengths, collator, max_tokens_per_batch, batches)
     key = {
         **keys.version_part(),
@@ -362,14 +363,13 @@ def _read(examples: Any, run: Run) -> tuple[list[Length], keys.DataHash]:
     return lengths, data
 
 
-def _refuse_rotations(model: nn.Module, lengths: Sequence[Length]) -> None:
+def refuse_rotations(model: nn.Module, lengths: Sequence[int]) -> None:  # of sequences
     """
     Raises:
         ValueError: the longest sequence of a batch decides on the rotations of all of them.
     """
     config = causal_lm(model).config.get_text_config()
-    found = [prompt + answer for prompt, answers in lengths for answer in answers]
-    shortest, longest = min(found), max(found)
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
     for kind, limit in _limits(config):
         mixed = shortest < longest if kind == "dynamic" else shortest <= limit
         if longest > limit and mixed:

@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer
 from ..core import checks
 from ..data import PairCollator, TokenBudgetSampler
 from ..data.layouts import LAYOUTS
-from ..data.reference import reference_logps
+from ..data.reference import reference_logps, refuse_rotations
 from ..data.truncation import truncate
 from .packing import PACKED_IDS, attention_of
 from .reference import BASE, REF_ADAPTER, check_base, check_frozen
@@ -37,6 +37,7 @@ from .unwrap import causal_lm, peft_model
 
 __all__ = ["FastDPOConfig", "FastDPOTrainer"]
 
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _TOKENS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 # Of a budget's batches: epochs whose number is looked at, and orders that are tried for one.
@@ -187,6 +188,9 @@ class FastDPOTrainer(DPOTrainer):
         """TRL keeps the numbers in the data set's cache, under a name made of data and weights."""
         own: Any = getattr(self, "_precompute_model_hash", None)
         config: Any = self.args
+        if not self._is_vision_dataset and not isinstance(dataset, IterableDataset):
+            model: Any = self.model if self.ref_model is None else self.ref_model
+            refuse_rotations(model, _lengths(dataset, config.max_length))
         cut = (config.max_length, config.truncation_mode)
         subject = (own, self.layout, *cut, config.ld_alpha, str(self._autocast_dtype()))
         self._precompute_model_hash = Hasher.hash(subject)
@@ -275,6 +279,13 @@ class FastDPOTrainer(DPOTrainer):
         if PACKED_IDS in inputs:
             inputs = {**inputs, "input_ids": inputs[PACKED_IDS]}
         return super().floating_point_ops(inputs)
+
+
+def _lengths(dataset: Any, max_length: int | None) -> list[int]:
+    """Of all sequences, as they are cut."""
+    prompts, *answers = ([len(ids) for ids in dataset[key]] for key in _IDS)
+    found = [a + b for part in answers for a, b in zip(prompts, part, strict=True)]
+    return found if max_length is None else [min(length, max_length) for length in found]
 
 
 def _sums(known: Any, ld_alpha: float | None) -> dict[str, list[float]]:

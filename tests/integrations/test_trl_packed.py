@@ -398,6 +398,15 @@ class TestRefused:
             with pytest.raises(ValueError, match="requires_grad=True: the reference would move"):
                 made(bias="all")
 
+    def test_rotations_that_depend_on_the_longest_of_a_batch(self, tmp_path):
+        """A reference that is known beforehand is of other batches."""
+        rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+        policy = model(rope_parameters=rope, max_position_embeddings=8)
+        message = r"should have at most 8 tokens, .*rotations \(dynamic\)"
+        with pytest.raises(ValueError, match=message):
+            fast(tmp_path, policy, "padded", precompute_ref_log_probs=True)
+        fast(tmp_path, policy, "padded", precompute_ref_log_probs=True, max_length=8)
+
     def test_a_model_that_carries_a_state(self, tmp_path):
         policy = model("Mamba", state_size=8)
         trainer = fast(tmp_path, policy, "packed", model("Mamba", state_size=8))
