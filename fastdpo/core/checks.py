@@ -4,7 +4,6 @@ is computed.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NoReturn
@@ -205,11 +204,12 @@ def row_index(
         should = "a one-dimensional tensor of int64"
         fail("row_index", should, f"{value.dtype} {shape(value)}")
     _same_device("labels", labels, "row_index", value)
-    if value.is_cpu and value.numel() and not is_traced(value):
-        if int(value.min()) < 0 or int(value.max()) >= labels.numel():
-            fail("row_index", f"positions in [0, {labels.numel()})", "others")
-        if bool((value.diff() <= 0).any()):
-            fail("row_index", "in strictly ascending order", "another order")
+    if value.numel() == 0 or is_traced(value):
+        return
+    inside = ((value >= 0) & (value < labels.numel())).all()
+    _holds(inside, "row_index", f"positions in [0, {labels.numel()})", "others")
+    ascending = (value.diff() > 0).all()
+    _holds(ascending, "row_index", "in strictly ascending order", "another order")
 
 
 def picked_labels(
@@ -370,9 +370,7 @@ def boundaries(
     like: Tensor,
     of: str = "hidden",
 ) -> Tensor:
-    """Boundaries of a packed batch. Their values are checked on the CPU only, so as not to wait for
-    a GPU.
-    """
+    """Boundaries of a packed batch."""
     is_tensor("cu_seqlens", value)
     if value.dtype not in (torch.int32, torch.int64) or value.dim() != 1 or value.numel() < 1:
         fail(
@@ -381,10 +379,10 @@ def boundaries(
             f"{value.dtype} {shape(value)}",
         )
     _same_device(of, like, "cu_seqlens", value)
-    if value.device.type == "cpu" and not is_traced(value):
-        ends = value.tolist()
-        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in itertools.pairwise(ends)):
-            fail("cu_seqlens", f"ascending from 0 to the number of rows, {total}", ends)
+    if not is_traced(value):
+        ends = (value[0] == 0) & (value[-1] == total) & (value.diff() >= 0).all()
+        got = value.tolist() if value.is_cpu else "others"
+        _holds(ends, "cu_seqlens", f"ascending from 0 to the number of rows, {total}", got)
     return value
 
 
@@ -472,6 +470,14 @@ def reference_logps(
     if ref_logps.shape != labels.shape:
         fail("ref_logps", f"of shape [{count}] or {shape(labels)}", shape(ref_logps))
     return True
+
+
+def _holds(condition: Tensor, argument: str, should: str, got: object) -> None:  # []
+    """On a GPU nothing waits: there it is a device-side assertion. Other devices have none."""
+    if condition.is_cuda:
+        torch._assert_async(condition, f"{argument} should be {should}")
+    elif condition.is_cpu and not bool(condition):
+        fail(argument, should, got)
 
 
 def _same_device(a: str, first: Tensor, b: str, second: Tensor) -> None:

@@ -18,6 +18,8 @@ Ids = Sequence[int]
 
 # Kernels for sequences of various lengths in one row, which know no branches.
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+# By token, as `fastdpo.data.load_reference` has them.
+_KNOWN_TOKENS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 # What looks at every pair of tokens in a row, whether one sees the other or not.
 _DENSE = ("sdpa", "eager")
 ATTENTION = (*_DENSE, "flex_attention", *_FLASH)
@@ -178,7 +180,30 @@ class PairCollator(Collator):
         return prompt, answers
 
     def _beside(self, examples: Sequence[Example]) -> Batch:
-        return _reference(examples, ("ref_chosen_logps", "ref_rejected_logps"))
+        found = _reference(examples, ("ref_chosen_logps", "ref_rejected_logps"))
+        if found and self.max_length is not None:
+            for i, example in enumerate(examples):
+                self._check_known(i, example)
+        return found
+
+    def _check_known(self, number: int, example: Example) -> None:
+        """A kept reference tells by its tokens what its sums are of.
+
+        Raises:
+            ValueError: of something else than what is left of the example.
+        """
+        prompt, answers = self._cut(number, example)
+        for key, answer in zip(_KNOWN_TOKENS, answers, strict=True):
+            known = example.get(key)
+            if known is None:
+                continue
+            if len(known) != len(answer) or len(prompt) != len(example["prompt_ids"]):
+                raise ValueError(
+                    f"examples[{number}] should be what its reference is of, {len(known)} tokens "
+                    f"in {key!r}, got {len(answer)} behind {len(prompt)} of a prompt: "
+                    f"max_length={self.max_length} cuts it, and the reference is to be computed "
+                    "with that"
+                )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.sequences import sequence_sums
 from ..integrations import hf
 from ..integrations.heads import HeadReader
-from ..integrations.reference import BASE, with_adapter, without_dropout
+from ..integrations.reference import BASE, check_base, with_adapter, without_dropout
 from ..integrations.tokens import TokenOptions
 from ..integrations.unwrap import causal_lm, peft_model
 from . import reference_key as keys
@@ -99,8 +99,10 @@ def reference_logps(
 
     Raises:
         ValueError: naming the argument, or every part in which the folder differs, before anything
-            is computed; another process writes into the folder; or a log-probability is no finite
-            number, naming the example (what was computed until then stays).
+            is computed; a model's rotations would make the numbers depend on the batches, and not
+            in the last bits alone (longrope, dynamic), and there are none; another process writes
+            into the folder; or a log-probability is no finite number, naming
+            the example (what was computed until then stays).
         UnsupportedModel: a ValueError; see `fastdpo.integrations.hf.sequence_logps`.
     """
     _needs_datasets()
@@ -118,6 +120,9 @@ def reference_logps(
     if not (callable(progress) or isinstance(progress, bool)):
         raise ValueError(f"progress should be True, False or a function, got {progress!r}")
     lengths, data = _read(examples, run)
+    if batches is None:
+        found = [prompt + answer for prompt, answers in lengths for answer in answers]
+        refuse_rotations(model, found)
     planned = _planned(lengths, collator, max_tokens_per_batch, batches)
     key = {
         **keys.version_part(),
@@ -307,6 +312,8 @@ def _check_adapter(model: nn.Module, ref_adapter: str | None) -> None:
             f"ref_adapter should be the adapter that is the reference, one of {names}, or {BASE!r} "
             f"for the model without adapters, got {ref_adapter!r}"
         )
+    if ref_adapter == BASE:
+        check_base(peft)
     if any(getattr(module, "merged", False) is True for module in peft.modules()):
         raise ValueError("model should have its adapters unmerged (unmerge_adapter)")
 
@@ -354,6 +361,36 @@ def _read(examples: Any, run: Run) -> tuple[list[Length], keys.DataHash]:
         data.add(prompt, answers)
         lengths.append((len(prompt), tuple(map(len, answers))))
     return lengths, data
+
+
+def refuse_rotations(model: nn.Module, lengths: Sequence[int]) -> None:  # of sequences
+    """
+    Raises:
+        ValueError: the longest sequence of a batch decides on the rotations of all of them.
+    """
+    config = causal_lm(model).config.get_text_config()
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    for kind, limit in _limits(config):
+        mixed = shortest < longest if kind == "dynamic" else shortest <= limit
+        if longest > limit and mixed:
+            raise ValueError(
+                f"examples should have at most {limit} tokens, prompt and answer, or batches be "
+                f"those of the training, got {longest} tokens: the model's rotations ({kind}) "
+                "depend on a batch's longest sequence, and with them the numbers of the others"
+            )
+
+
+def _limits(config: Any) -> Iterator[tuple[str, int]]:
+    """Of rotations that are others for long sequences: up to which length they are the same."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (given, *given.values()):  # of the model, or of each kind of its layers
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, Mapping) else None
+        if kind == "dynamic":
+            yield kind, config.max_position_embeddings
+        elif kind == "longrope":
+            own = getattr(config, "original_max_position_embeddings", None)
+            limit = rope.get("original_max_position_embeddings") or own
+            yield kind, limit or config.max_position_embeddings
 
 
 def _planned(

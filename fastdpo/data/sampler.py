@@ -68,13 +68,15 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.num_replicas, self.rank = num_replicas, rank
         self.lengths = _lengths(examples, collator, max_tokens_per_batch)
         self.epoch = self._done = 0
+        self._first = 0  # where the next iteration begins: what a state that was loaded says
         self._batches: tuple[int, list[list[int]]] | None = None
 
     def __iter__(self) -> Iterator[list[int]]:
-        mine = self._mine()
-        while self._done < len(mine):
-            self._done += 1
-            yield mine[self._done - 1]
+        mine, first = self._mine(), self._first
+        self._first = 0  # the next time from the beginning
+        for i in range(first, len(mine)):
+            self._done = i + 1
+            yield mine[i]
         self._done = 0
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         _whole("epoch", epoch, 0)
         if epoch != self.epoch:
-            self.epoch, self._done = epoch, 0
+            self.epoch, self._done, self._first = epoch, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler is: after how many batches of which epoch."""
@@ -101,12 +103,15 @@ class TokenBudgetSampler(Sampler[list[int]]):
             own = {key: self._subject()[key] for key in differing}
             raise ValueError(f"state should be of this sampler, which has {own}, got {found}")
         self.epoch, self._done = state["epoch"], state["done"]
+        self._first = self._done
 
     def _subject(self) -> dict[str, Any]:
         return {
             "examples": len(self.lengths),
             "tokens": sum(prompt + sum(answers) for prompt, answers in self.lengths),
             "layout": self.collator.layout,
+            "one_row": self.collator._one_row,  # by its attention
+            "pad_to_multiple_of": self.collator.pad_to_multiple_of,
             "max_tokens_per_batch": self.budget,
             "shuffle": self.shuffle,
             "seed": self.seed,
@@ -124,12 +129,14 @@ class TokenBudgetSampler(Sampler[list[int]]):
             self._batches = (self.epoch, self._planned())
         return self._batches[1]
 
-    def _planned(self) -> list[list[int]]:
+    def _planned(self, draw: int = 0) -> list[list[int]]:
+        """`draw` is another order of the same epoch."""
         order = list(range(len(self.lengths)))
         if not self.shuffle:
             batches = list(self._filled(order))
         else:
-            generator = random.Random(f"{self.seed} {self.epoch}")
+            name = f"{self.seed} {self.epoch}"
+            generator = random.Random(f"{name} {draw}" if draw else name)
             generator.shuffle(order)
             per_batch = max(1, self.budget // max(1, self._mean()))
             bucket = per_batch * _BATCHES_IN_A_BUCKET * self.num_replicas

@@ -64,6 +64,11 @@ class Tokens:
         return self.input_ids.shape[0]
 
     @property
+    def own_labels(self) -> Tensor:  # [S, T]
+        """At the tokens themselves, however they came."""
+        return unshifted_labels(self.shifted) if self.labels is None else self.labels
+
+    @property
     def cu_seqlens(self) -> None:
         """A sequence is a row."""
 
@@ -86,6 +91,11 @@ class PreferenceBatch:
 def shifted_labels(labels: Tensor) -> Tensor:  # [S, T] -> [S, T]
     """The label of each position's prediction: the next position's label, and none at the end."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, : labels.shape[1]]
+
+
+def unshifted_labels(shift_labels: Tensor) -> Tensor:  # [S, T] -> [S, T]
+    """The label of each position's own token, and none at the beginning."""
+    return F.pad(shift_labels[:, :-1], (1, 0), value=IGNORE_INDEX)[:, : shift_labels.shape[1]]
 
 
 def unshift(values: Tensor) -> Tensor:  # [S, T] -> [S, T]

@@ -24,7 +24,7 @@ from .order import UNKNOWN, Order, order_of
 from .positions import placed
 from .subject import Subject, subject_of
 from .tap import Answer, Answers, HeadTap, Tapped
-from .unwrap import UnsupportedModel, causal_lm, peft_model, sharding
+from .unwrap import UnsupportedModel, causal_lm, is_prompted, sharding
 
 AUX_LOSS = "aux_loss"  # [] among the answers: the balancing loss of a mixture of experts
 
@@ -300,9 +300,3 @@ def _parameters(lm: nn.Module) -> Mapping[str, inspect.Parameter]:
 def _no_cache(lm: nn.Module) -> dict[str, Any]:
     """Else the keys and values of all layers, for nobody."""
     return {"use_cache": False} if "use_cache" in _parameters(lm) else {}
-
-
-def is_prompted(model: nn.Module) -> bool:
-    """Has it an adapter that puts virtual tokens before the sequence?"""
-    peft = peft_model(model)
-    return bool(getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False))

@@ -49,7 +49,7 @@ from .families import FAMILIES, HeadRule
 from .forward import examine
 from .heads import hidden_scale, read_head, vocab_parallel
 from .packing import PackedTokens
-from .reference import as_reference
+from .reference import as_reference, check_another
 from .registered import HeadParts, register_head
 from .tokens import TokenOptions, rows_with_loss, token_logps, tokens_loss
 from .unwrap import UnsupportedModel
@@ -160,7 +160,7 @@ def sequence_logps(
     shared = checks.shares_sequences(sequence_parallel)
     check_sequences(shared, tokens, model_kwargs)
     if shared is None:
-        examine(model, input_ids.device, labels=labels, **model_kwargs)
+        examine(model, input_ids.device, labels=tokens.own_labels, **model_kwargs)
     found = rows_with_loss(model, tokens, row_index)
     logps, _ = token_logps(model, tokens, found, options, in_order=shared is None, **model_kwargs)
     if per_token:
@@ -267,6 +267,8 @@ def dpo_loss(
     if ref_model is not None and parts.ref_logps is not None:
         given = reference_keys(resolved)[0]
         raise ValueError(f"ref_model should be None where the batch has {given}")
+    if ref_model is not None:
+        check_another(model, ref_model)
     known = reference_free or parts.ref_logps is not None
     if ref_adapter is not None and (known or ref_model is not None):
         raise ValueError(
@@ -291,7 +293,7 @@ def dpo_loss(
         normalization=checks.normalization(num_pairs, num_tokens, data_parallel, resolved, count),
     )
     if shared is None:  # before the reference is computed
-        examine(model, tokens.input_ids.device, labels=tokens.labels, **model_kwargs)
+        examine(model, tokens.input_ids.device, labels=tokens.own_labels, **model_kwargs)
     found = rows_with_loss(model, tokens, parts.row_index)
     run = functools.partial(token_logps, in_order=shared is None)
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..data.layouts import documents_of, rows_of, varlen
-from .forward import is_prompted, listener, takes_positions
+from .forward import listener, takes_positions
 from .order import eagerly, ordinary_tokens
 from .packing import PackedTokens, attention_of, kinds_of
 from .positions import positions
 from .reference import without_dropout
-from .unwrap import UnsupportedModel, causal_lm
+from .unwrap import UnsupportedModel, causal_lm, is_prompted
 
 # The largest difference, as a part of a hidden state's norm: fp32, and 16 bits or TF32. There the
 # median over an answer is taken: a mixture of experts chooses others where two are nearly equal.
@@ -67,7 +67,7 @@ def check_layout(
     )
     if key in _known.get(lm, ()):
         return
-    reason = _refusal(lm)
+    reason = _refusal(lm, tokens)
     if reason is not None:
         raise UnsupportedModel(f"model: {name} {reason}: {use}")
     trial, padded, mask = _trial(lm, tokens)
@@ -131,6 +131,9 @@ def _trial(lm: Any, like: PackedTokens) -> tuple[PackedTokens, Tensor, Tensor]:
     """Rows of the layout; the same sequences padded on the right, and their mask."""
     config = lm.config.get_text_config()
     windows = [kind.window or kind.chunk or 0 for kind in kinds_of(lm).values()]
+    # What layers have beside their kind's mask.
+    named = config.to_dict().items()
+    windows += [v for k, v in named if "window" in k and type(v) is int]
     beyond = max((w for w in windows if w <= _LONGEST_WINDOW), default=0)
     most = getattr(config, "max_position_embeddings", None) or 1 << 30
     longest = max(max(own) for own in _ANSWERS)
@@ -188,7 +191,7 @@ def _predicting(trial: PackedTokens, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
 
 
-def _refusal(lm: Any) -> str | None:
+def _refusal(lm: Any, tokens: PackedTokens) -> str | None:
     """Why a model cannot have several sequences in a row; None where that is to be seen."""
     if not takes_positions(lm):
         return "takes no position_ids, and cannot be told where a sequence begins"
@@ -198,13 +201,23 @@ def _refusal(lm: Any) -> str | None:
     )
     if alibi or config.model_type in ("bloom", "mpt"):
         return "counts distances along the row (ALiBi)"
+    shared = tokens.branch_ids is not None
+    if shared and "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
+        return "counts a local layer's window along the row, across answers"
     for module in _text_modules(lm):
+        variants = getattr(module, "lora_variant", None)
+        if isinstance(variants, dict) and any(map(_begins_in_the_row, variants.values())):
+            return "has an adapter that begins at a place in each row (aLoRA)"
         if isinstance(module, (nn.Conv1d, nn.RNNBase)) or _RECURRENT.search(type(module).__name__):
             return (
                 "carries a state along the row, which no mask interrupts (a "
                 f"{type(module).__name__})"
             )
     return None
+
+
+def _begins_in_the_row(variant: Any) -> bool:
+    return type(variant).__name__.startswith("ALora")
 
 
 def _text_modules(lm: Any) -> Iterator[nn.Module]:

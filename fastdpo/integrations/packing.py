@@ -45,6 +45,7 @@ class PackedTokens:
 
     # As `Tokens` has them.
     labels = None
+    own_labels = None
     attention_mask = None
 
     @classmethod
@@ -108,11 +109,11 @@ class PackedTokens:
             )
         if index.is_cpu and bool(((index < 0) | (index >= shape.numel())).any()):
             raise ValueError(f"row_index should be positions in [0, {shape.numel()})")
+        should = f"row_lengths should add up to the {index.shape[0]} rows of row_labels"
         if lengths.is_cpu and int(lengths.sum()) != index.shape[0]:
-            raise ValueError(
-                f"row_lengths should add up to the {index.shape[0]} rows of row_labels, got "
-                f"{int(lengths.sum())}"
-            )
+            raise ValueError(f"{should}, got {int(lengths.sum())}")
+        if lengths.is_cuda:  # nothing waits
+            torch._assert_async(lengths.sum() == index.shape[0], should)
 
     @property
     def num_sequences(self) -> int:
@@ -170,6 +171,7 @@ def check_attention(lm: nn.Module, tokens: PackedTokens) -> None:
         UnsupportedModel: the model's attention implementation cannot do the layout, or not as the
             batch has it.
     """
+    _check_temperatures(lm, tokens)
     implementation = attention_of(lm)
     if _is_flash(implementation):
         _check_varlen(implementation, tokens)
@@ -188,6 +190,20 @@ def check_attention(lm: nn.Module, tokens: PackedTokens) -> None:
         raise UnsupportedModel(
             "model: FlexAttention has no backward on a CPU: load the model with "
             "attn_implementation='sdpa'"
+        )
+
+
+def _check_temperatures(lm: Any, tokens: PackedTokens) -> None:
+    """Llama 4's layers without rotations scale attention by the place in the row, which shows from
+    `floor_scale` tokens on."""
+    config, length = lm.config.get_text_config(), tokens.input_ids.shape[1]
+    scale = getattr(config, "floor_scale", None)
+    if getattr(config, "attn_temperature_tuning", False) and scale is not None and length >= scale:
+        raise UnsupportedModel(
+            f"model: {type(lm).__name__} scales its attention by a token's place in the row, where "
+            f"rows have {scale} tokens or more, got {length}: make rows shorter (fewer examples, "
+            f"or attention='sdpa' in PairCollator), or use layout='padded' instead of "
+            f"{tokens.layout!r}"
         )
 
 

@@ -28,6 +28,7 @@ SCALES = (1.0, 8.0, 64.0, 512.0)
 TOLERANCE = 5e-3
 TOLERANCE_16_BIT = 3e-2
 _COLUMNS = 8192
+_ORDINARY = 1e3  # a logit that no dtype overflows at, in whatever scale it was multiplied
 
 # Output head -> what was verified about it, the latest last. The head module is the key, since a
 # model that gets adapters or a new head gets a new module, and because an entry must not keep a
@@ -99,6 +100,13 @@ def verify(
         raise UnsupportedModel(
             f"model: {name} returns logits of shape {tuple(logits.shape)} where its head has "
             f"{ours.shape[1]} entries; {_advice(name)}"
+        )
+    # True hidden states overflow nowhere: what is infinite there was made so.
+    made = ~logits[:POSITIONS].isfinite() & (ours[:POSITIONS].abs() <= _ORDINARY)
+    if (made.any(-1) & probed.finite[:POSITIONS]).any():
+        raise UnsupportedModel(
+            f"model: {name} makes some of its logits infinite where lm_head's are not (entries "
+            f"that it never predicts?); {_advice(name)}"
         )
     limit = (TOLERANCE_16_BIT if probed.sixteen_bit else TOLERANCE) * logits.abs().amax(-1)  # [K]
     # Overflow in 16 bits says nothing about the family.

@@ -7,6 +7,7 @@ Everything that is changed for it is put back, module by module and parameter by
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,12 +15,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import is_of
 from .quantized import rounds_hidden
 from .registered import description_of
-from .unwrap import peft_model
+from .unwrap import causal_lm, is_prompted, peft_model
 
 REF_ADAPTER = "ref"  # the name that TRL gives to the frozen copy of an adapter
 BASE = "__base__"  # PEFT's name for no adapter at all
+
+# How PEFT initialises what it takes out of the weight below.
+_CHANGES_BASE = ("pissa", "corda", "olora", "lora_ga", "loftq", "kasa")
+# From one of its modules to what was there before.
+_TO_BASE = ("base_model", "model", "base_layer", "original_module", "token_adapter")
 
 
 @contextmanager
@@ -32,9 +39,10 @@ def as_reference(
     """The model that is the reference, in the state in which it is.
 
     Raises:
-        ValueError: there is none, or ref_adapter is not one that could be.
+        ValueError: there is none, or ref_adapter is not one that could be, or it is not what
+            training started from, or would not stay so.
     """
-    reference = model if ref_model is None else ref_model
+    reference, trains = model if ref_model is None else ref_model, torch.is_grad_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if ref_model is None:
@@ -46,11 +54,71 @@ def as_reference(
                     f"disabled, and the batch has no {' and '.join(keys)} (or pass "
                     "reference_free=True)"
                 )
+            if name is None:
+                check_base(peft)
+            if trains:
+                check_frozen(peft)
             stack.enter_context(with_adapter(peft, name))
         stack.enter_context(without_dropout(reference))
         yield reference
         if ref_model is not None:
             _reshard(ref_model)
+
+
+def check_another(model: nn.Module, ref_model: nn.Module) -> None:
+    """PEFT puts most of its adapters into the model that it is given: what was the base is the
+    policy from then on. But for prompts, which stay in the wrapper.
+
+    Raises:
+        ValueError: the policy would be compared with itself.
+    """
+    prompted = is_prompted(model) or is_prompted(ref_model)
+    if causal_lm(model) is causal_lm(ref_model) and not prompted:
+        raise ValueError(
+            "ref_model should be another model than model, got the same one: all log-ratios are 0 "
+            "(get_peft_model changes the model that it is given: leave ref_model out, and the "
+            "reference is the model without its adapter)"
+        )
+
+
+def check_base(peft: Any) -> None:
+    """
+    Raises:
+        ValueError: the model without its adapters is not what it was before it had them.
+    """
+    for name, config in peft.peft_config.items():
+        how = str(getattr(config, "init_lora_weights", "")).lower()
+        if getattr(config, "kasa_config", None) is not None:
+            how = "kasa"
+        if how.startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"ref_model should be given: adapter {name!r} was initialised by {how!r}, which "
+                "takes a part of the model's weights away, and the model without it is not the one "
+                "that training starts from"
+            )
+
+
+def check_frozen(peft: Any) -> None:
+    """
+    Raises:
+        ValueError: the reference would be trained too.
+    """
+    for path, parameter in peft.named_parameters():
+        if parameter.requires_grad and _is_base(peft, path):
+            raise ValueError(
+                "ref_model should be given (or the batch's own reference) where more than adapters "
+                f"is trained, got {path} with requires_grad=True: the reference would move with it"
+            )
+
+
+def _is_base(peft: Any, path: str) -> bool:
+    """Does the model have this parameter without its adapters?"""
+    module = peft
+    for name in path.split("."):
+        if is_of("peft", module) and name not in _TO_BASE:
+            return False
+        module = getattr(module, name)
+    return True
 
 
 def _reshard(model: nn.Module) -> None:
@@ -136,12 +204,27 @@ def with_adapter(
     """The PEFT model with another adapter, or without, and afterwards as it was."""
     flags = [(p, p.requires_grad) for p in peft.parameters()]
     try:
-        with peft.disable_adapter() if name is None else _active(peft, name):
+        with _disabled(peft) if name is None else _active(peft, name):
             yield
     finally:
         for parameter, requires_grad in flags:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _disabled(peft: Any) -> Iterator[None]:
+    prompted = is_prompted(peft)
+    with peft.disable_adapter():
+        if prompted:
+            # PEFT has put the forward that the base had in its own place: the base is to be
+            # called, whose forward may be another by then.
+            peft.forward = functools.partial(_forward_of, peft.base_model)
+        yield
+
+
+def _forward_of(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return base(*args, **kwargs)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..backends.contract import Head
 from ..core import checks, rows, step
+from ..core.autograd import is_traced
 from ..core.call import Call, LossCall
 from ..core.picked import picked
 from ..core.results import LinearDPOOutput, LinearLogps
@@ -82,10 +83,36 @@ def find_rows(
     and reference, and before either runs.
 
     Raises:
-        ValueError: a label lies outside the model's vocabulary.
+        ValueError: a label lies outside the model's vocabulary, or row_index leaves some out.
     """
     index = None if row_index is None else row_index.to(shifted_labels.device)
-    return rows.find(shifted_labels, IGNORE_INDEX, _vocab_size(model), index)
+    found = rows.find(shifted_labels, IGNORE_INDEX, _vocab_size(model), index)
+    if index is not None:
+        _check_all_named(index, shifted_labels)
+    return found
+
+
+def _check_all_named(
+    row_index: Tensor,  # [N]
+    shifted_labels: Tensor,  # [S, T]
+) -> None:
+    """A batch may have been cut, or its labels changed, since `with_row_index`. Nothing waits for a
+    GPU.
+
+    Raises:
+        ValueError: tokens with loss would be left out.
+    """
+    if is_traced(shifted_labels):
+        return
+    message = (
+        "row_index should name every position that predicts a token with loss: take a batch whole, "
+        "or let with_row_index find them again"
+    )
+    same = (shifted_labels != IGNORE_INDEX).sum() == row_index.numel()
+    if same.is_cuda:
+        torch._assert_async(same, message)
+    elif same.is_cpu and not bool(same):
+        raise ValueError(message)
 
 
 def rows_with_loss(

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..core import checks
 from ..core.autograd import is_traced
 from ..core.rows import Rows
-from .batches import IGNORE_INDEX, shifted_labels
+from .batches import IGNORE_INDEX, shifted_labels, unshifted_labels
 from .forward import AUX_LOSS, answered_inside, examine
 from .packing import PackedTokens
 from .reference import without_dropout
@@ -282,7 +282,7 @@ class _LastRows:
 
     def __init__(self) -> None:
         self._labels: Callable[[], Tensor | None] = lambda: None
-        self._version = 0
+        self._seen: tuple[int, bool] | None = None
         self._rows: Rows | None = None
 
     def find(
@@ -293,9 +293,10 @@ class _LastRows:
     ) -> Rows:
         if is_traced(labels) or labels.is_inference():
             return find_rows(model, shifted)
-        if self._rows is None or self._labels() is not labels or self._version != labels._version:
+        seen = labels._version, shifted is labels  # they may come as shift_labels, and as labels
+        if self._rows is None or self._labels() is not labels or self._seen != seen:
             self._rows = find_rows(model, shifted)  # first, as it may raise
-            self._labels, self._version = weakref.ref(labels, self._forget), labels._version
+            self._labels, self._seen = weakref.ref(labels, self._forget), seen
         return self._rows
 
     def _forget(self, _: object) -> None:
@@ -349,7 +350,8 @@ def _answer(lm: nn.Module, options: TokenOptions) -> None:
             if packed is not None:
                 answers = _packed(self, packed, options, own, kwargs)
             else:
-                examine(self, shifted.device, labels=labels, forward=own, **asked)
+                known = unshifted_labels(shifted) if labels is None else labels
+                examine(self, shifted.device, labels=known, forward=own, **asked)
                 answers = answered_inside(self, shifted, answer=answer, forward=own, **kwargs)
         tokens = logps_of(answers)._asdict()
         if packed is not None:  # to where the labels are

@@ -17,6 +17,9 @@ from ..core import checks
 from ..core.results import LinearDPOStats
 from ..loss import linear_dpo_loss
 from .heads import hidden_scale, read_head
+from .hf import sequence_logps
+from .order import ordinary_tokens
+from .reference import without_dropout
 
 __all__ = ["use_fastdpo_loss"]
 
@@ -53,8 +56,8 @@ def use_fastdpo_loss(
     Raises:
         ValueError: trainer has no such seam, shards its head (FSDP, DeepSpeed ZeRO-3), uses an
             f-divergence, or its loss has an option outside its range.
-        UnsupportedModel: a ValueError; the head cannot be read, or hidden states are changed
-            between backbone and head.
+        UnsupportedModel: a ValueError; the head cannot be read, hidden states are changed between
+            backbone and head, or logits in a way that nobody has told fastdpo.
     """
     if getattr(trainer, "liger_loss", None) is None or not hasattr(trainer, "loss_types"):
         should = "a trl.DPOTrainer of TRL 1.8 to 1.12 that was built with use_liger_kernel=True"
@@ -99,6 +102,7 @@ def _head(trainer: Any) -> dict[str, Any]:
     for model in (trainer.model, trainer.ref_model):
         if model is None:
             continue
+        _compare_logits(model)
         head = read_head(model)
         rows = model.get_output_embeddings().weight.shape[0]
         if head.vocab_size != rows:
@@ -112,6 +116,21 @@ def _head(trainer: Any) -> dict[str, Any]:
         should = f"one whose logits are those of trainer.model, {found[0]}"
         checks.fail("trainer.ref_model", should, found[-1])
     return found[0]
+
+
+def _compare_logits(model: Any) -> None:
+    """Of a few tokens: the seam itself never asks the model for its logits.
+
+    Raises:
+        UnsupportedModel: it does something to them that its family's entry does not say.
+    """
+    config = model.config
+    ids = ordinary_tokens(config.to_dict(), config.get_text_config().vocab_size, 4)
+    if not ids:
+        return
+    tokens = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    with torch.no_grad(), without_dropout(model):
+        sequence_logps(model, tokens, tokens)
 
 
 class _Loss(nn.Module):

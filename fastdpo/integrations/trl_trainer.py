@@ -9,13 +9,18 @@ answers.
 
 from __future__ import annotations
 
+import functools
+import heapq
 import inspect
+import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from trl import DPOConfig, DPOTrainer
@@ -23,16 +28,20 @@ from trl import DPOConfig, DPOTrainer
 from ..core import checks
 from ..data import PairCollator, TokenBudgetSampler
 from ..data.layouts import LAYOUTS
-from ..data.reference import reference_logps
+from ..data.reference import reference_logps, refuse_rotations
 from ..data.truncation import truncate
 from .packing import PACKED_IDS, attention_of
-from .reference import BASE, REF_ADAPTER
+from .reference import BASE, REF_ADAPTER, check_base, check_frozen
 from .trl import patched
 from .unwrap import causal_lm, peft_model
 
 __all__ = ["FastDPOConfig", "FastDPOTrainer"]
 
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_TOKENS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
+# Of a budget's batches: epochs whose number is looked at, and orders that are tried for one.
+_COUNTED, _DRAWS = 3, 16
 
 
 @dataclass
@@ -99,6 +108,8 @@ class FastDPOTrainer(DPOTrainer):
         with patched():
             super().__init__(**given)
         self._lay_out()
+        if not config.precompute_ref_log_probs:
+            self._check_reference(stays=False)
         if self.layout != "padded":
             _check_built(self)
             self._check_lengths()
@@ -140,9 +151,10 @@ class FastDPOTrainer(DPOTrainer):
         self._lay_out()
         if set(_REFERENCE) <= set(dataset.column_names):
             return dataset
+        self._check_reference(stays=self.state.global_step == 0)
         config: Any = self.args
         if config.reference_cache is None:
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            return self._precompute_by_trl(dataset, name, batch_size)
         model: Any = self.model if self.ref_model is None else self.ref_model
         peft = peft_model(model) if self.ref_model is None else None
         adapter = None
@@ -158,9 +170,34 @@ class FastDPOTrainer(DPOTrainer):
             autocast=self._autocast_dtype(),
             progress=not self.args.disable_tqdm,
         )
-        for key in _REFERENCE:
-            dataset = dataset.add_column(key, known[key][:])
+        for key, values in _sums(known, config.ld_alpha).items():
+            dataset = dataset.add_column(key, values)
         return dataset
+
+    def _check_reference(self, stays: bool) -> None:
+        """Of a PEFT model by itself: what training starts from, and would move away from."""
+        peft = peft_model(self.model) if self.ref_model is None else None  # type: ignore[arg-type]
+        if peft is None:
+            return
+        if REF_ADAPTER not in peft.peft_config:
+            check_base(peft)
+        if not stays:
+            check_frozen(peft)
+
+    def _precompute_by_trl(self, dataset: Any, name: str, batch_size: int) -> Any:
+        """TRL keeps the numbers in the data set's cache, under a name made of data and weights."""
+        own: Any = getattr(self, "_precompute_model_hash", None)
+        config: Any = self.args
+        if not self._is_vision_dataset and not isinstance(dataset, IterableDataset):
+            model: Any = self.model if self.ref_model is None else self.ref_model
+            refuse_rotations(model, _lengths(dataset, config.max_length))
+        cut = (config.max_length, config.truncation_mode)
+        subject = (own, self.layout, *cut, config.ld_alpha, str(self._autocast_dtype()))
+        self._precompute_model_hash = Hasher.hash(subject)
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = own
 
     def _autocast_dtype(self) -> torch.dtype | None:
         if self.args.bf16:
@@ -186,7 +223,7 @@ class FastDPOTrainer(DPOTrainer):
             return super().get_train_dataloader()
         args, dataset = self.args, self.train_dataset
         self._set_signature_columns_if_needed()
-        sampler = TokenBudgetSampler(
+        sampler = _SteadySampler(
             dataset,  # type: ignore[arg-type]
             self._collator(),
             self._budget,
@@ -244,6 +281,73 @@ class FastDPOTrainer(DPOTrainer):
         return super().floating_point_ops(inputs)
 
 
+def _lengths(dataset: Any, max_length: int | None) -> list[int]:
+    """Of all sequences, as they are cut."""
+    prompts, *answers = ([len(ids) for ids in dataset[key]] for key in _IDS)
+    found = [a + b for part in answers for a, b in zip(prompts, part, strict=True)]
+    return found if max_length is None else [min(length, max_length) for length in found]
+
+
+def _sums(known: Any, ld_alpha: float | None) -> dict[str, list[float]]:
+    """A kept reference as the loss wants it: LD-DPO weights tokens behind the shorter answer."""
+    if ld_alpha is None:
+        return {key: known[key][:] for key in _REFERENCE}
+    found: dict[str, list[float]] = {key: [] for key in _REFERENCE}
+    for row in known.select_columns(list(_TOKENS)):
+        pair = [row[key] for key in _TOKENS]
+        shared = min(map(len, pair))
+        for key, logps in zip(_REFERENCE, pair, strict=True):
+            tail = math.fsum(logps[shared:])
+            found[key].append(math.fsum(logps[:shared]) + ld_alpha * tail)
+    return found
+
+
+class _SteadySampler(TokenBudgetSampler):
+    """As many batches in every epoch. transformers counts those of the first, and goes by that: of
+    an epoch with more the last ones would be left out, and one with fewer would leave accumulated
+    gradients to the next.
+    """
+
+    def _planned(self, draw: int = 0) -> list[list[int]]:
+        count = self._count
+        for number in range(_DRAWS):
+            batches = super()._planned(number)
+            if len(batches) <= count:
+                return _split(batches, count)
+        # The first epoch's batches in another order, those of one step together.
+        batches, size = self._of_epoch(0), self.num_replicas
+        steps = [batches[i : i + size] for i in range(0, len(batches), size)]
+        random.Random(f"{self.seed} {self.epoch}").shuffle(steps)
+        return _split([batch for step in steps for batch in step], count)
+
+    @functools.cached_property
+    def _count(self) -> int:
+        """The most that one of the first epochs has: the others then rarely have more."""
+        return max(len(self._of_epoch(epoch)) for epoch in range(_COUNTED))
+
+    def _of_epoch(self, epoch: int) -> list[list[int]]:
+        own, self.epoch = self.epoch, epoch
+        try:
+            return super()._planned()
+        finally:
+            self.epoch = own
+
+
+def _split(batches: list[list[int]], count: int) -> list[list[int]]:
+    """Two of the batches with the most pairs, until there are so many; the second halves last."""
+    found = list(batches)
+    largest = [(-len(batch), i) for i, batch in enumerate(found)]
+    heapq.heapify(largest)
+    while len(found) < count and largest[0][0] < -1:
+        _, i = heapq.heappop(largest)
+        half = (len(found[i]) + 1) // 2
+        found[i], rest = found[i][:half], found[i][half:]
+        heapq.heappush(largest, (-len(found[i]), i))
+        heapq.heappush(largest, (-len(rest), len(found)))
+        found.append(rest)
+    return found
+
+
 class _Loader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
@@ -293,6 +397,10 @@ def _check(config: FastDPOConfig, given: Mapping[str, Any]) -> None:
     if config.reference_cache is not None and not config.precompute_ref_log_probs:
         checks.fail("precompute_ref_log_probs", "True with reference_cache", False)
     if config.layout == "padded":
+        cut = config.max_length is not None and config.truncation_mode == "keep_end"
+        if config.reference_cache is not None and cut:
+            should = "'keep_start' with reference_cache and layout='padded', which TRL cuts"
+            checks.fail("truncation_mode", should, "'keep_end'")
         return
     with_layout = f"with layout={config.layout!r}"
     if config.padding_free:

@@ -69,6 +69,14 @@ def peft_model(model: nn.Module) -> Any | None:
     return model
 
 
+def is_prompted(model: nn.Module) -> bool:
+    """Has it an adapter that puts virtual tokens before the sequence, and is not disabled?"""
+    peft = peft_model(model)
+    if getattr(peft, "_adapters_disabled", False):
+        return False
+    return bool(getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False))
+
+
 def wrappers(model: nn.Module) -> list[nn.Module]:
     """The model, what it wraps, and so on, down to the causal language model."""
     found = [model]

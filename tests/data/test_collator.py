@@ -171,6 +171,20 @@ def test_an_example_without_one_of_the_references():
 
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_reference_of_more_than_is_left(mode):
+    """Its rows have a number for each token of the answers that it is of."""
+    known = {"ref_chosen_logps": -3.0, "ref_rejected_logps": -2.0}
+    tokens = {"ref_chosen_token_logps": [-1.0] * 3, "ref_rejected_token_logps": [-1.0] * 2}
+    pairs = examples([(4, 3, 2)], **known, **tokens)
+    for length in (None, 7):
+        assert PairCollator(PAD, max_length=length, truncation_mode=mode)(pairs)["ref_chosen_logps"]
+    with pytest.raises(ValueError, match=r"examples\[0\] should be what its reference is of, 3 t"):
+        PairCollator(PAD, max_length=6, truncation_mode=mode)(pairs)
+    # Of whoever has sums alone nothing is known.
+    PairCollator(PAD, max_length=6, truncation_mode=mode)(examples([(4, 3, 2)], **known))
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_nothing_is_left_of_an_answer_or_a_prompt(mode):
     sizes = (8, 3, 3) if mode == "keep_start" else (3, 8, 3)
     with pytest.raises(

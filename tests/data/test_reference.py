@@ -124,6 +124,27 @@ def test_in_other_batches_it_is_zero_up_to_rounding(tmp_path):
     torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-4)
 
 
+LONG = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+ROTATIONS = {
+    "longrope": {**LONG, "factor": 4.0, "original_max_position_embeddings": 16},
+    "dynamic": {"factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_that_depend_on_the_longest_of_a_batch(kind, tmp_path):
+    """A short sequence beside a long one is worth 12 nats less here."""
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, **ROTATIONS[kind]}
+    model = build("Llama", rope_parameters=rope, max_position_embeddings=16)
+    collator, batches = PairCollator(0), [[0, 1], [2]]
+    short, long = pairs(2, longest=7), pairs(1, seed=3, longest=3)
+    long[0]["prompt_ids"] = [7] * 20
+    with pytest.raises(ValueError, match=rf"should have at most 16 tokens.*rotations \({kind}\)"):
+        reference_logps(model, short + long, collator, tmp_path / "r", **QUIET)
+    reference_logps(model, short, collator, tmp_path / "short", **QUIET)
+    reference_logps(model, short + long, collator, tmp_path / "r", batches=batches, **QUIET)
+
+
 def test_batches_that_repeat_and_leave_out(tmp_path):
     """As a sampler's do, for several processes."""
     model, examples, collator = build("Llama"), pairs(7), PairCollator(0, "packed")

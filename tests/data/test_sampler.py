@@ -110,6 +110,23 @@ def test_it_goes_on_where_it_was():
     other = r"state should be of this sampler, which has \{'seed': 1\}"
     with pytest.raises(ValueError, match=other):
         sampler(seed=1).load_state_dict(state)
+    # Rows that are laid out otherwise make other batches.
+    assert list(sampler(attention="flex_attention")) != whole
+    with pytest.raises(ValueError, match=r"which has \{'one_row': True\}"):
+        sampler(attention="flex_attention").load_state_dict(state)
+
+
+def test_a_look_at_the_first_batch_takes_nothing_away():
+    whole, part = list(sampler()), sampler()
+    assert next(iter(part)) == whole[0]
+    assert list(part) == whole
+    for number, _ in enumerate(part):  # one that ends in the middle, beside another
+        if number == 2:
+            break
+    iterator = iter(part)
+    assert next(iterator) == whole[0]
+    assert list(part) == whole
+    assert list(iterator) == whole[1:]
 
 
 def test_in_a_data_loader():

@@ -231,6 +231,27 @@ def test_a_step_waits_once_where_rows_are_counted(packed):
         assert len(gpu.waits) == 1
 
 
+@pytest.mark.parametrize("ends", [[0, 9, 18, 27, 30], [0, 9, 27, 18, 36], [1, 9, 18, 27, 36]])
+def test_wrong_ends_are_asserted_and_not_waited_for(ends):
+    with FakeGPU() as gpu:
+        hidden, weight, labels = pairs(gpu, torch.float32)
+        flat, there = hidden.flatten(0, 1), gpu.put(torch.tensor(ends))
+        index = gpu.put(torch.arange(36))
+        with pytest.raises(RuntimeError, match="cu_seqlens should be ascending from 0 to the"):
+            linear_dpo_loss(flat, weight, labels.flatten(), cu_seqlens=there, row_index=index)
+        assert gpu.waits == []
+
+
+def test_rows_in_another_order_are_asserted_and_not_waited_for():
+    with FakeGPU() as gpu:
+        hidden, weight, labels = pairs(gpu, torch.float32)
+        index = (gpu.get(labels).flatten() != -100).nonzero().squeeze(1)
+        for wrong in (index.flip(0), torch.cat([index[:1], index[:-1]])):
+            with pytest.raises(RuntimeError, match="row_index should be in strictly ascending"):
+                linear_logps(hidden, weight, labels, row_index=gpu.put(wrong))
+        assert gpu.waits == []
+
+
 def test_logps_of_all_rows_wait_for_nothing():
     with FakeGPU() as gpu:
         hidden, weight, labels = pairs(gpu, torch.bfloat16)

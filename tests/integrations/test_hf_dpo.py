@@ -246,6 +246,7 @@ def test_rows_that_a_collator_found(models, padding):
         ({"row_index": found["row_index"].int()}, "row_index"),
         ({"row_index": found["row_index"].flip(0)}, "row_index"),
         ({"row_index": torch.tensor([labels.numel() - 1])}, "labels"),  # predicts nothing
+        ({"row_index": found["row_index"][:4]}, "row_index should name every"),  # cut as a batch is
     ):
         with pytest.raises(ValueError, match=message):
             hf.dpo_loss(model, {**pairs, **wrong}, reference)

@@ -122,6 +122,7 @@ ALTERATIONS = {
     "shifted entry": lambda z: z + torch.nn.functional.one_hot(torch.tensor(7), z.shape[-1]),
     "normalised": lambda z: z / z.norm(dim=-1, keepdim=True),
     "clamped": lambda z: z.clamp(max=50.0),
+    "taken out": lambda z: z.index_fill(-1, torch.tensor([7]), -torch.inf),
 }
 
 

@@ -250,6 +250,17 @@ def test_a_prefix_that_is_seen_from_everywhere(padding):
     assert (got <= a).all()
     with pytest.raises(ValueError, match="token_type_ids should be 1"):
         hf.sequence_logps(model, input_ids, labels, attention_mask, token_type_ids=0 * types)
+    shift = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    mask = (labels != -100).long()
+    for given in ({"shift_labels": shift}, {"completion_mask": mask}):
+        given = {**given, "input_ids": input_ids, "attention_mask": attention_mask}
+        got = hf.sequence_logps(model, **given, token_type_ids=types)
+        assert got.isfinite().all()
+        given["token_type_ids"] = 0 * types
+        with pytest.raises(ValueError, match="token_type_ids should be 1"):
+            hf.sequence_logps(model, **given)
+        with pytest.raises(ValueError, match="token_type_ids should be 1"):
+            hf.dpo_loss(model, given, reference_free=True)
 
 
 @pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM"])

@@ -141,24 +141,49 @@ def test_models_that_carry_a_state_are_refused(family, layout):
         hf.dpo_loss(model, PairCollator(0, layout)(pairs()), reference_free=True)
 
 
-def test_a_model_that_nobody_knows_to_be_wrong_is_found_out():
-    """GPT-Neo's local layers count a window along the row."""
+def gpt_neo(window):
+    """Its local layers count a window along the row."""
     family = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
         "num_layers": 2,
         "num_heads": 4,
         "attention_types": [[["global", "local"], 1]],
-        "window_size": 5,
-        "max_position_embeddings": 64,
+        "window_size": window,
+        "max_position_embeddings": 2048,
         "intermediate_size": 48,
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "GPTNeo", family)
-        model = build("GPTNeo")
+        return build("GPTNeo")
+
+
+@pytest.mark.parametrize("window", [5, 70])
+def test_a_model_that_nobody_knows_to_be_wrong_is_found_out(window):
+    model = gpt_neo(window)
+    model.config.attention_layers = None  # its layers know
     assert_like_padded(model, "packed", "eager")
     with pytest.raises(hf.UnsupportedModel, match="is not right about rows of layout='shared"):
         hf.dpo_loss(model, PairCollator(0, "shared_prompts")(pairs()), reference_free=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_along_the_row(dtype):
+    """Wider than what is tried, and in 16 bits lost in the roundings."""
+    model = gpt_neo(256).to(dtype)
+    with pytest.raises(hf.UnsupportedModel, match=r"window along the row, .* instead of 'shared_"):
+        hf.dpo_loss(model, PairCollator(0, "shared_prompts")(pairs()), reference_free=True)
+    hf.dpo_loss(model, PairCollator(0, "packed", attention="eager")(pairs()), reference_free=True)
+
+
+def test_attention_that_is_scaled_by_the_place_in_the_row():
+    """Llama 4's, from `floor_scale` tokens on: more than what is tried."""
+    model = made("Llama4", floor_scale=45)
+    collator = PairCollator(0, "shared_prompts")
+    hf.dpo_loss(model, collator(pairs()), reference_free=True)
+    long = collator(pairs(sizes=((9, 20, 20), (2, 7, 6))))
+    with pytest.raises(hf.UnsupportedModel, match="45 tokens or more, got 49: make rows shorter"):
+        hf.dpo_loss(model, long, reference_free=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -519,6 +544,14 @@ class TestRefused:
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         model = peft.get_peft_model(build("Llama"), config)
         self.refuses("virtual tokens", None, model)
+
+    def test_an_adapter_that_begins_in_the_row(self):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]
+        )
+        model = peft.get_peft_model(build("Llama"), config)
+        self.refuses("begins at a place in each row", None, model)
 
 
 def test_nothing_is_asked_before_bad_input_is_refused(monkeypatch):

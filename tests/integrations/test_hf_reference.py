@@ -95,7 +95,7 @@ def test_a_second_model_has_no_dropout_either():
 def test_modes_and_flags_come_back_after_an_error():
     model = continued().train()
     model.base_model.model.model.layers[0].eval()
-    next(iter(model.parameters())).requires_grad_(True)
+    next(p for path, p in model.named_parameters() if ".ref." in path).requires_grad_(True)
     before = everything(model)
 
     def fail(*_):
@@ -120,6 +120,19 @@ def test_a_module_that_overrides_train_is_put_back():
     with without_dropout(model):
         assert not any(m.training for m in model.modules())
     assert all(m.training for m in model.modules())
+
+
+def test_the_policy_is_not_its_reference():
+    """Whatever it is called: get_peft_model has changed what it was given."""
+    base = build("Llama")
+    model = lora(base)
+    for policy, reference in ((base, base), (model, base), (base, model), (model, model)):
+        with pytest.raises(ValueError, match="ref_model should be another model than model"):
+            hf.dpo_loss(policy, pairs(), reference)
+    peft = pytest.importorskip("peft")
+    base = build("Llama")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    hf.dpo_loss(peft.get_peft_model(base, config), pairs(), base)  # which leaves it as it was
 
 
 @pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
@@ -172,6 +185,33 @@ def test_flags_that_somebody_chose_stay():
     assert all("lora_B" in path for path in gradients(model))
 
 
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_base_that_gave_something_to_its_adapter_is_no_reference(how):
+    """Training starts from both together."""
+    data, before = pairs(), build("Llama")
+    model = lora(build("Llama"), init_lora_weights=how)
+    for name in (None, "__base__"):
+        with pytest.raises(ValueError, match=rf"ref_model should be given: adapter .* by '{how}'"):
+            hf.dpo_loss(model, data, ref_adapter=name)
+    assert hf.dpo_loss(model, data, before).loss.item() == pytest.approx(LN2, abs=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["biases", "a norm", "the head beside its adapter"])
+def test_what_is_trained_beside_adapters_is_no_reference(trained):
+    if trained == "biases":
+        model = lora(build("Phi"), bias="all")
+    else:
+        model = lora(build("Llama"), target_modules=["q_proj", "lm_head"])
+        norm, head = model.base_model.model.model.norm, model.get_output_embeddings().base_layer
+        (norm if trained == "a norm" else head).weight.requires_grad_(True)
+    message = "ref_model should be given .* requires_grad=True: the reference would move"
+    with pytest.raises(ValueError, match=message):
+        hf.dpo_loss(model, pairs())
+    with torch.no_grad():  # nothing is trained
+        hf.dpo_loss(model, pairs())
+    hf.dpo_loss(model, pairs(), copy.deepcopy(model))
+
+
 def test_several_active_adapters():
     model = continued(names=("default", "other", "ref"))
     model.base_model.set_adapter(["default", "other"])
@@ -201,6 +241,24 @@ def test_prompts_have_copies_too():
     assert everything(model) == before
     out.loss.backward()
     assert weights[0].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_a_model_without_its_prompt_is_the_reference(padding):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    base = build("Llama")
+    model = peft.get_peft_model(base, config)
+    input_ids, attention_mask, labels = batch(padding=padding)
+    expected = hf.sequence_logps(base, input_ids, labels, attention_mask).detach()
+    with torch.no_grad(), with_adapter(model, None):
+        found = hf.sequence_logps(model, input_ids, labels, attention_mask)
+    torch.testing.assert_close(found, expected)
+    if padding == "right":
+        out = hf.dpo_loss(model, pairs())
+        torch.testing.assert_close(out.loss, hf.dpo_loss(model, pairs(), base).loss)
+        out.loss.backward()
+        assert model.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
 
 
 def test_compiled_models_compile_twice_and_no_more():

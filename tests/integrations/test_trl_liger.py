@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdpo.integrations.trl_liger import use_fastdpo_loss
+from fastdpo.integrations.unwrap import UnsupportedModel
 from fastdpo.loss import FusedLinearDPOLoss
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -280,6 +281,21 @@ def test_bad_input(message, changes):
     options = {} if changes else {"workspace_bytes": -1}
     with pytest.raises(ValueError, match=message):
         use_fastdpo_loss(Trainer(**changes), **options)
+
+
+def test_logits_that_nobody_knows_are_refused():
+    """The seam hands over hidden states and a head, and never the logits."""
+
+    class InventedForCausalLM(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = 1.1 * outputs.logits
+            return outputs
+
+    model = InventedForCausalLM(llama(0).config)
+    for trainer in (Trainer(model=model), Trainer(ref_model=model)):
+        with pytest.raises(UnsupportedModel, match="InventedForCausalLM does something to its log"):
+            use_fastdpo_loss(trainer)
 
 
 def test_a_reference_whose_logits_are_others_is_refused():

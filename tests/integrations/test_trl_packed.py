@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from sampling import sampled
 from test_trl import (
     BATCH,
@@ -28,6 +29,7 @@ from test_trl import (
 )
 from test_trl import _fresh_accelerate as _fresh_accelerate
 
+from fastdpo.data import TokenBudgetSampler
 from fastdpo.integrations.trl import FastDPOConfig, FastDPOTrainer
 from fastdpo.integrations.unwrap import UnsupportedModel
 
@@ -174,6 +176,36 @@ def test_a_reference_that_is_kept(case, tmp_path, monkeypatch):
         fast(tmp_path, other, layout, **options)
 
 
+def test_what_trl_keeps_is_of_this_layout_and_these_options(tmp_path, monkeypatch):
+    """Of one data set and one model, in an order in which they would be mistaken."""
+    pairs().save_to_disk(tmp_path / "pairs")
+    same, known = tokenizer(), ("ref_chosen_logps", "ref_rejected_logps")
+    monkeypatch.setitem(globals(), "tokenizer", lambda: same)
+
+    def made(layout="shared_prompts", **options):
+        options |= {"truncation_mode": "keep_end", "precompute_ref_log_probs": True}
+        data = datasets.load_from_disk(tmp_path / "pairs")
+        trainer = fast(tmp_path, model(), layout, data=data, **options)
+        return [value for key in known for value in trainer.train_dataset[key]]
+
+    whole = made(max_length=40)
+    assert made(max_length=40, ld_alpha=0.4) != pytest.approx(whole, abs=1e-2)
+    padded, cut = made("padded", max_length=11), made(max_length=11)
+    assert cut != pytest.approx(padded, abs=1e-4)
+    assert cut != pytest.approx(whole, abs=1e-4)
+    kept = made(max_length=11, reference_cache=str(tmp_path / "kept"))
+    assert cut == pytest.approx(kept, abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["shared_prompts", "padded"])
+def test_a_kept_reference_is_weighted_as_the_policy_is(layout, tmp_path):
+    options = {"precompute_ref_log_probs": True, "reference_cache": str(tmp_path / "kept")}
+    logged, _ = ran(fast(tmp_path, model(), layout, ld_alpha=0.4, max_steps=1, **options))
+    assert logged[0]["loss"] == pytest.approx(math.log(2.0), abs=1e-5)
+    for key in ("rewards/chosen", "rewards/rejected"):
+        assert logged[0][key] == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, "padded"])
 def test_a_budget_of_tokens(layout, tmp_path):
     options = {"max_steps": -1, "num_train_epochs": 2, "max_tokens_per_batch": 60}
@@ -202,6 +234,43 @@ def test_every_pair_weighs_the_same_in_an_accumulated_step(tmp_path):
     assert logged[0]["loss"] == pytest.approx(base[0][0]["loss"], abs=1e-5)
     for a, b in zip(trained.parameters(), base[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_epochs_that_would_have_other_numbers_of_batches(tmp_path, monkeypatch):
+    """No pair is left out, and no gradient is left to the next epoch."""
+    monkeypatch.setattr("fastdpo.data.sampler._BATCHES_IN_A_BUCKET", 1)  # of so few pairs
+    epochs = 12
+    options = {
+        "max_steps": -1,
+        "num_train_epochs": epochs,
+        "max_tokens_per_batch": 60,
+        "gradient_accumulation_steps": 2,
+    }
+    trainer = fast(tmp_path, model(), "packed", disturbed(model()), **options)
+    counts, seed = set(), trainer.args.seed
+    sampler = TokenBudgetSampler(trainer.train_dataset, trainer._collator(), 60, seed=seed)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        counts.add(len(sampler))
+    assert len(counts) > 1  # else nothing has been shown
+    seen, in_step, real = [], [], trainer.training_step
+
+    def step(model, inputs, *args, **kwargs):
+        seen.append(inputs["completion_mask"].shape[0] // 2)
+        in_step.append(seen[-1])
+        return real(model, inputs, *args, **kwargs)
+
+    class Counted(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, *_, **__):
+            assert sum(in_step) == int(trainer._pairs_in_step)
+            in_step.clear()
+
+    trainer.training_step = step
+    trainer.add_callback(Counted())
+    ran(trainer)
+    assert sum(seen) == epochs * len(pairs())
+    assert not in_step
+    assert trainer.state.global_step == trainer.state.max_steps
 
 
 def test_a_run_that_was_interrupted_goes_on(tmp_path):
@@ -260,6 +329,15 @@ class TestRefused:
             ({"padding_free": True}, "padding_free should be False with layout='shared_prompts'"),
             ({"remove_unused_columns": False}, "remove_unused_columns should be True"),
             ({"reference_cache": "x"}, "precompute_ref_log_probs should be True with reference_"),
+            (
+                {
+                    "layout": "padded",
+                    "truncation_mode": "keep_end",
+                    "precompute_ref_log_probs": True,
+                    "reference_cache": "x",
+                },
+                "truncation_mode should be 'keep_start' with reference_cache",
+            ),
             ({"max_tokens_per_batch": 0}, "max_tokens_per_batch should be a positive integer"),
             (
                 {"max_tokens_per_batch": 99, **ORDER},
@@ -302,6 +380,32 @@ class TestRefused:
                 train_dataset=pairs(),
                 **{name: print},
             )
+
+    @pytest.mark.parametrize("known", [False, True])
+    def test_a_base_that_is_no_reference(self, known, tmp_path):
+        peft = pytest.importorskip("peft")
+
+        def made(**options):
+            config = peft.LoraConfig(r=2, target_modules=["q_proj"], **options)
+            options = {"precompute_ref_log_probs": known, "peft_config": config}
+            return fast(tmp_path, model(attention_bias=True), "packed", **options)
+
+        with pytest.raises(ValueError, match=r"ref_model should be given: adapter .* by 'pissa'"):
+            made(init_lora_weights="pissa")
+        if known:  # before anything is trained
+            made(bias="all")
+        else:
+            with pytest.raises(ValueError, match="requires_grad=True: the reference would move"):
+                made(bias="all")
+
+    def test_rotations_that_depend_on_the_longest_of_a_batch(self, tmp_path):
+        """A reference that is known beforehand is of other batches."""
+        rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+        policy = model(rope_parameters=rope, max_position_embeddings=8)
+        message = r"should have at most 8 tokens, .*rotations \(dynamic\)"
+        with pytest.raises(ValueError, match=message):
+            fast(tmp_path, policy, "padded", precompute_ref_log_probs=True)
+        fast(tmp_path, policy, "padded", precompute_ref_log_probs=True, max_length=8)
 
     def test_a_model_that_carries_a_state(self, tmp_path):
         policy = model("Mamba", state_size=8)

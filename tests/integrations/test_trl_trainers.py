@@ -239,6 +239,7 @@ def test_the_contract_of_the_fused_forward():
     shift = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1)
     for given in (
         {"labels": labels},
+        {"shift_labels": labels},  # the same tensor, which says something else then
         {"shift_labels": shift},
         {"labels": labels, "num_items_in_batch": torch.tensor(3)},
         {"labels": torch.full_like(labels, -100)},
