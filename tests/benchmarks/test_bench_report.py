@@ -205,7 +205,7 @@ def test_the_headline_has_every_row_and_a_peer_that_is_faster():
     rows = readme_table.table(docs).splitlines()
     assert len(rows) == 2 + len(readme_table.ROWS) == 8
     loss = docs["cpu-loss"]
-    name = "llama-3-vocab-d512 512 100% head bf16"
+    name = "llama-3-vocab-d512 512 100% head fp32"
     peers = [
         r
         for r in loss["results"]
@@ -213,7 +213,7 @@ def test_the_headline_has_every_row_and_a_peer_that_is_faster():
     ]
     timed = [r for r in peers if r["provider"] not in ("products", "eager")]
     fastest = min(timed, key=lambda r: r["seconds"]["median"])
-    (row,) = [row for row in rows if "bf16, 512 tokens" in row]
+    (row,) = [row for row in rows if "fp32, 512 tokens" in row]
     assert f"`{fastest['provider']}`" in row
     without = {k: d for k, d in docs.items() if k != "counted"}
     # Nothing is claimed that is not there.
