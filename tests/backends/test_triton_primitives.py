@@ -199,8 +199,15 @@ def test_nothing_asked_of_no_rows(dtype):
 
 
 @pytest.mark.parametrize("spread", [1e-3, 30.0, 3000.0])
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    sampled(
+        [(dtype, softcap) for dtype in DTYPES[:2] for softcap in (None, 30.0)],
+        [(torch.float32, None), (torch.bfloat16, 30.0)],
+        several=True,
+    ),
+    ids=str,
+)
 def test_flat_and_peaked(dtype, spread, softcap):
     hidden, head, labels = inputs(dtype, spread=spread, softcap=softcap)
     labels[::2] = oracle.logits_of(hidden.double(), wide(head)).argmax(1)[::2]
@@ -365,8 +372,15 @@ def everything(hidden, head, labels, anchor, rows=slice(None), stats=STATS, stor
     return [*(t for t in sums if t is not None), *([out] if store else [])]
 
 
-@pytest.mark.parametrize("softcap", [None, 8.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "softcap"),
+    sampled(
+        [(dtype, softcap) for dtype in DTYPES for softcap in (None, 8.0)],
+        [(torch.float32, 8.0), (torch.bfloat16, None), (torch.float16, 8.0)],
+        several=True,
+    ),
+    ids=str,
+)
 def test_a_row_does_not_depend_on_its_batch(dtype, softcap):
     hidden, head, labels = inputs(dtype, n=37, softcap=softcap)
     anchor = triton.target_logits(hidden, head, labels)
