@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .data import PairCollator, prepare, reference_logps
 from .data.collator import ATTENTION
+from .data.columns import IDS
 from .data.prepare import RowError
 from .data.reference_folder import Folder
 from .data.truncation import check, truncate
@@ -26,7 +27,6 @@ from .demo.pairs import json_rows
 from .integrations.packing import attention_of
 from .integrations.unwrap import causal_lm
 
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _AUTOCAST = ("bfloat16", "float16")
 _TOO_LONG = ("error", "drop")
@@ -205,7 +205,7 @@ def _read(path: Path, split: str | None) -> Any:
 
 
 def _tokenized(rows: Any) -> bool:
-    return isinstance(rows[0], dict) and set(_IDS) <= set(rows[0])
+    return isinstance(rows[0], dict) and set(IDS) <= set(rows[0])
 
 
 def _examples(rows: Any, tokenizer: Any, options: argparse.Namespace) -> Any:
@@ -234,7 +234,7 @@ def _fitting(rows: Any, options: argparse.Namespace) -> Any:
         return rows  # who computes says which do not fit
 
     def fits(row: Any) -> bool:
-        prompt, *answers = (row[name] for name in _IDS)
+        prompt, *answers = (row[name] for name in IDS)
         try:
             truncate(prompt, answers, options.max_length, options.truncation_mode)
         except ValueError:

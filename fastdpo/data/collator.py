@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .columns import IDS, REFERENCE, REFERENCE_TOKENS
 from .layouts import LAYOUTS, documents_of, rows_of, tokens_in, varlen
 from .truncation import check, truncate
 
@@ -18,8 +19,6 @@ Ids = Sequence[int]
 
 # Kernels for sequences of various lengths in one row, which know no branches.
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-# By token, as `fastdpo.data.load_reference` has them.
-_KNOWN_TOKENS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 # What looks at every pair of tokens in a row, whether one sees the other or not.
 _DENSE = ("sdpa", "eager")
 ATTENTION = (*_DENSE, "flex_attention", *_FLASH)
@@ -175,12 +174,11 @@ class PairCollator(Collator):
     """
 
     def _parts(self, where: str, example: Example) -> tuple[Ids, list[Ids]]:
-        keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-        prompt, *answers = (_ids(where, example, key) for key in keys)
+        prompt, *answers = (_ids(where, example, key) for key in IDS)
         return prompt, answers
 
     def _beside(self, examples: Sequence[Example]) -> Batch:
-        found = _reference(examples, ("ref_chosen_logps", "ref_rejected_logps"))
+        found = _reference(examples, REFERENCE)
         if found and self.max_length is not None:
             for i, example in enumerate(examples):
                 self._check_known(i, example)
@@ -193,7 +191,7 @@ class PairCollator(Collator):
             ValueError: of something else than what is left of the example.
         """
         prompt, answers = self._cut(number, example)
-        for key, answer in zip(_KNOWN_TOKENS, answers, strict=True):
+        for key, answer in zip(REFERENCE_TOKENS, answers, strict=True):
             known = example.get(key)
             if known is None:
                 continue

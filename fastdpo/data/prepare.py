@@ -17,12 +17,11 @@ from typing import Any
 
 from .. import __version__
 from .boundary import pair_ids
+from .columns import IDS, REFERENCE
 from .prompts import COLUMNS, read_row
 from .template import Template, read_tools, read_variables, render_pair
 from .truncation import KEEP_START, check, truncate
 
-REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _TOO_LONG = ("error", "drop")
 _MAP_OPTIONS = ("num_proc", "load_from_cache_file", "keep_in_memory", "writer_batch_size")
 # A column of Dataset.map that `prepare` takes away again: what happened to the row.
@@ -207,14 +206,14 @@ class Encoder:
         return {
             **kept,
             **_references(row),
-            **dict(zip(_IDS, (prompt_ids, *answers), strict=True)),
+            **dict(zip(IDS, (prompt_ids, *answers), strict=True)),
             _FATE: fate,
         }
 
     def why_too_long(self, row: Mapping[str, Any]) -> str:
         """What `truncate` says of an encoded row that does not fit."""
         try:
-            prompt, *answers = (row[name] for name in _IDS)
+            prompt, *answers = (row[name] for name in IDS)
             truncate(prompt, answers, self.max_length, self.truncation_mode)
         except ValueError as error:
             return str(error)
@@ -222,7 +221,7 @@ class Encoder:
 
 
 def _kept(row: Mapping[str, Any], name: str) -> Any:
-    if name in _IDS or name == _FATE:
+    if name in IDS or name == _FATE:
         raise ValueError(f"keep_columns should have columns of text, got {name!r}")
     if name not in row:
         raise ValueError(f"missing the column {name!r} of keep_columns")
@@ -230,9 +229,9 @@ def _kept(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _references(row: Mapping[str, Any]) -> dict[str, float]:
-    present = [name for name in REFERENCES if name in row]
+    present = [name for name in REFERENCE if name in row]
     if len(present) == 1:
-        raise ValueError(f"{present[0]!r} should come with the other of {', '.join(REFERENCES)}")
+        raise ValueError(f"{present[0]!r} should come with the other of {', '.join(REFERENCE)}")
     for name in present:
         value = row[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -280,7 +279,7 @@ def _prepare_stream(dataset: Any, encoder: Encoder) -> Any:
 
 
 def _staying(encoder: Encoder) -> tuple[str, ...]:
-    return (*encoder.keep_columns, *REFERENCES)
+    return (*encoder.keep_columns, *REFERENCE)
 
 
 def _encode_of_dataset(row: Mapping[str, Any], index: int, encoder: Encoder) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from ..integrations.tokens import TokenOptions
 from ..integrations.unwrap import causal_lm, peft_model
 from . import reference_key as keys
 from .collator import Batch, Example, PairCollator
+from .columns import IDS
 from .reference_folder import FORMAT, Answers, Folder, versions
 from .sampler import Length, check_budget, longest_first, to_budget
 
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # What a kill loses at most, beside the batch that is being computed.
 SAVE_SECONDS = 30.0
 SAVE_EXAMPLES = 4096
@@ -471,7 +471,7 @@ class Run:
     def ids(self, examples: Sequence[Example], index: int) -> dict[str, list[int]]:
         """What the log-probabilities are of."""
         prompt, answers = self.collator._cut(index, examples[index])
-        return {name: list(ids) for name, ids in zip(_IDS, (prompt, *answers), strict=True)}
+        return {name: list(ids) for name, ids in zip(IDS, (prompt, *answers), strict=True)}
 
     def answers(
         self, examples: Sequence[Example], batches: Iterable[Sequence[int]]
@@ -484,7 +484,7 @@ class Run:
         with self._state():
             for batch in batches:
                 read = [examples[i] for i in batch]
-                rows = [{name: example[name] for name in _IDS} for example in read]
+                rows = [{name: example[name] for name in IDS} for example in read]
                 sums, found = self._logps(self.collator(rows))
                 for i, a, b in zip(batch, *sums.view(2, -1).tolist(), strict=True):
                     if not abs(a) < float("inf") or not abs(b) < float("inf"):

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+from ..data.columns import IDS, REFERENCE
+
 _OURS = "_takes_known_references"
 
 
@@ -65,7 +65,7 @@ def _precompute(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _known(dataset: Any) -> bool:
     columns = getattr(dataset, "column_names", None) or ()
-    return all(name in columns for name in (*_IDS, *_REFERENCE))
+    return all(name in columns for name in (*IDS, *REFERENCE))
 
 
 def _wanted(dataset: Any, args: Any) -> bool:
@@ -90,7 +90,7 @@ def _refuse_truncation(dataset: Any, max_length: int | None, name: str) -> None:
         return
     longest = max(
         len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        for row in dataset.select_columns(list(_IDS)).with_format(None)
+        for row in dataset.select_columns(list(IDS)).with_format(None)
     )
     if longest > max_length:
         raise ValueError(

@@ -27,6 +27,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..core import checks
 from ..data import PairCollator, TokenBudgetSampler
+from ..data.columns import IDS, REFERENCE, REFERENCE_TOKENS
 from ..data.layouts import LAYOUTS
 from ..data.reference import reference_logps, refuse_rotations
 from ..data.truncation import truncate
@@ -37,9 +38,6 @@ from .unwrap import causal_lm, peft_model
 
 __all__ = ["FastDPOConfig", "FastDPOTrainer"]
 
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
-_TOKENS = ("ref_chosen_token_logps", "ref_rejected_token_logps")
 # Of a budget's batches: epochs whose number is looked at, and orders that are tried for one.
 _COUNTED, _DRAWS = 3, 16
 
@@ -139,7 +137,7 @@ class FastDPOTrainer(DPOTrainer):
         for name, dataset in sets.items():
             if dataset is None or isinstance(dataset, IterableDataset):
                 continue
-            columns = [dataset[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
+            columns = [dataset[key] for key in IDS]
             rows = zip(*columns, strict=True)
             for i, (prompt, *answers) in enumerate(rows):
                 try:
@@ -149,7 +147,7 @@ class FastDPOTrainer(DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._lay_out()
-        if set(_REFERENCE) <= set(dataset.column_names):
+        if set(REFERENCE) <= set(dataset.column_names):
             return dataset
         self._check_reference(stays=self.state.global_step == 0)
         config: Any = self.args
@@ -283,7 +281,7 @@ class FastDPOTrainer(DPOTrainer):
 
 def _lengths(dataset: Any, max_length: int | None) -> list[int]:
     """Of all sequences, as they are cut."""
-    prompts, *answers = ([len(ids) for ids in dataset[key]] for key in _IDS)
+    prompts, *answers = ([len(ids) for ids in dataset[key]] for key in IDS)
     found = [a + b for part in answers for a, b in zip(prompts, part, strict=True)]
     return found if max_length is None else [min(length, max_length) for length in found]
 
@@ -291,12 +289,12 @@ def _lengths(dataset: Any, max_length: int | None) -> list[int]:
 def _sums(known: Any, ld_alpha: float | None) -> dict[str, list[float]]:
     """A kept reference as the loss wants it: LD-DPO weights tokens behind the shorter answer."""
     if ld_alpha is None:
-        return {key: known[key][:] for key in _REFERENCE}
-    found: dict[str, list[float]] = {key: [] for key in _REFERENCE}
-    for row in known.select_columns(list(_TOKENS)):
-        pair = [row[key] for key in _TOKENS]
+        return {key: known[key][:] for key in REFERENCE}
+    found: dict[str, list[float]] = {key: [] for key in REFERENCE}
+    for row in known.select_columns(list(REFERENCE_TOKENS)):
+        pair = [row[key] for key in REFERENCE_TOKENS]
         shared = min(map(len, pair))
-        for key, logps in zip(_REFERENCE, pair, strict=True):
+        for key, logps in zip(REFERENCE, pair, strict=True):
             tail = math.fsum(logps[shared:])
             found[key].append(math.fsum(logps[:shared]) + ld_alpha * tail)
     return found
