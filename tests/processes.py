@@ -15,16 +15,29 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+# Imported once, by a server that runs nothing with them; what is not installed it leaves out.
+LIBRARIES = [
+    "pytest",
+    "fastdpo.backends.triton",
+    "fastdpo.integrations.hf",
+    "transformers.trainer",
+    "trl",
+    "torch._inductor.compile_fx",
+]
+
 
 class Processes:
     """`run` has every process call the same function and returns what each of them returned."""
 
     def __init__(self, size: int, store: str) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
         self._pipes, self._processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, size, store, there, dict(os.environ)), daemon=True
+            )
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
@@ -46,7 +59,8 @@ class Processes:
             process.kill()
 
 
-def _serve(rank: int, size: int, store: str, pipe) -> None:
+def _serve(rank: int, size: int, store: str, pipe, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the server's is that of the first pool
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpreter.patch_once_a_launch()
