@@ -24,7 +24,7 @@ from .order import UNKNOWN, Order, order_of
 from .positions import placed
 from .subject import Subject, subject_of
 from .tap import Answer, Answers, HeadTap, Tapped
-from .unwrap import UnsupportedModel, causal_lm, is_prompted, sharding
+from .unwrap import UnsupportedModel, causal_lm, disabled_prompt, is_prompted, sharding
 
 AUX_LOSS = "aux_loss"  # [] among the answers: the balancing loss of a mixture of experts
 
@@ -71,10 +71,20 @@ def answered(
     def lm_forward(*args: Any, **kwargs: Any) -> Answers:
         return _leaving(tap, prepared, own_forward(*args, **kwargs))
 
+    forwards: list[tuple[nn.Module, Callable[..., Any]]] = [(lm, lm_forward)]
+    disabled = disabled_prompt(model)
+    if disabled is not None:
+        # PEFT has put the forward that the base had in its own place: the base is to be called,
+        # whose forward is another now.
+        forwards.append((disabled, functools.partial(_forward_of, disabled.base_model)))
     call = functools.partial(model, **prepared.model_kwargs)
-    with Tapped(tap, lm_forward):
+    with Tapped(tap, forwards):
         found = _eagerly(call) if prepared.probing else call()
     return _arrived(tap, prepared, found)
+
+
+def _forward_of(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return base(*args, **kwargs)
 
 
 # As above: of a forward that is compiled, what it calls is.

@@ -230,6 +230,10 @@ def read_head(model: nn.Module) -> Head:
     way. LoRA adapters on the head are added to its weight (`HeadReader.bind` keeps them apart). Of
     a head under tensor parallelism these are this process's rows (`vocab_parallel`).
 
+    Nothing is run, so that nothing is compared with the model's logits, as the first call of
+    `dpo_loss` or `sequence_logps` is: what a forward does to its logits beside what its class and
+    configuration say is not seen.
+
     Args:
         model: a causal language model of transformers, bare or inside its wrappers (PEFT,
             DistributedDataParallel, torch.compile).

@@ -7,7 +7,6 @@ Everything that is changed for it is put back, module by module and parameter by
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -204,27 +203,12 @@ def with_adapter(
     """The PEFT model with another adapter, or without, and afterwards as it was."""
     flags = [(p, p.requires_grad) for p in peft.parameters()]
     try:
-        with _disabled(peft) if name is None else _active(peft, name):
+        with peft.disable_adapter() if name is None else _active(peft, name):
             yield
     finally:
         for parameter, requires_grad in flags:
             if parameter.requires_grad != requires_grad:
                 parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def _disabled(peft: Any) -> Iterator[None]:
-    prompted = is_prompted(peft)
-    with peft.disable_adapter():
-        if prompted:
-            # PEFT has put the forward that the base had in its own place: the base is to be
-            # called, whose forward may be another by then.
-            peft.forward = functools.partial(_forward_of, peft.base_model)
-        yield
-
-
-def _forward_of(base: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return base(*args, **kwargs)
 
 
 @contextmanager

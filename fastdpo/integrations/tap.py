@@ -18,7 +18,7 @@ first. All of it outside of what torch.compile traces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -169,11 +169,12 @@ class HeadTap(nn.Module):
 
 
 class Tapped:
-    """A language model with its head tapped, for the time of a `with`."""
+    """A language model with its head tapped, and forwards that others take the place of, for the
+    time of a `with`."""
 
     @torch.compiler.disable
-    def __init__(self, tap: HeadTap, lm_forward: Callable[..., Any] | None = None):
-        self.tap, self.lm_forward = tap, lm_forward
+    def __init__(self, tap: HeadTap, forwards: Iterable[tuple[nn.Module, Callable[..., Any]]] = ()):
+        self.tap, self.forwards = tap, tuple(forwards)
         self.places = [
             (module, name)
             for module in tap.reader.lm.modules()
@@ -192,8 +193,8 @@ class Tapped:
             self._replace(tap.reader.layers[-1], tap.multiply)
         for module, name in self.places:
             module._modules[name] = tap
-        if self.lm_forward is not None:
-            self._replace(tap.reader.lm, self.lm_forward)
+        for module, forward in self.forwards:
+            self._replace(module, forward)
         return tap
 
     def _take_hooks(self, layer: nn.Module) -> None:

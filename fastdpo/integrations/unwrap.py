@@ -72,9 +72,21 @@ def peft_model(model: nn.Module) -> Any | None:
 def is_prompted(model: nn.Module) -> bool:
     """Has it an adapter that puts virtual tokens before the sequence, and is not disabled?"""
     peft = peft_model(model)
-    if getattr(peft, "_adapters_disabled", False):
-        return False
+    return _learns_prompts(peft) and not _is_disabled(peft)
+
+
+def disabled_prompt(model: nn.Module) -> Any | None:
+    """The PEFT model whose virtual tokens are left out (`disable_adapter`); None where none is."""
+    peft = peft_model(model)
+    return peft if _learns_prompts(peft) and _is_disabled(peft) else None
+
+
+def _learns_prompts(peft: Any) -> bool:
     return bool(getattr(getattr(peft, "active_peft_config", None), "is_prompt_learning", False))
+
+
+def _is_disabled(peft: Any) -> bool:
+    return bool(getattr(peft, "_adapters_disabled", False))
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:

@@ -243,15 +243,17 @@ def test_prompts_have_copies_too():
     assert weights[0].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_a_model_without_its_prompt_is_the_reference(padding):
+def test_a_model_without_its_prompt_is_the_reference(padding, by_hand):
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     base = build("Llama")
     model = peft.get_peft_model(base, config)
     input_ids, attention_mask, labels = batch(padding=padding)
     expected = hf.sequence_logps(base, input_ids, labels, attention_mask).detach()
-    with torch.no_grad(), with_adapter(model, None):
+    disabled = model.disable_adapter() if by_hand else with_adapter(model, None)
+    with torch.no_grad(), disabled:
         found = hf.sequence_logps(model, input_ids, labels, attention_mask)
     torch.testing.assert_close(found, expected)
     if padding == "right":
