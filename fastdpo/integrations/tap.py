@@ -169,8 +169,8 @@ class HeadTap(nn.Module):
 
 
 class Tapped:
-    """A language model with its head tapped, and forwards that others take the place of, for the
-    time of a `with`."""
+    """A language model with its head tapped, for the time of a `with`; `forwards` are of modules
+    that have another forward for as long."""
 
     @torch.compiler.disable
     def __init__(self, tap: HeadTap, forwards: Iterable[tuple[nn.Module, Callable[..., Any]]] = ()):

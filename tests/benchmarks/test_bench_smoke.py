@@ -94,7 +94,7 @@ def test_what_hangs_is_ended_and_says_where_it_was(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.slow
 def test_kernels_and_paths_are_right(tmp_path):
-    """A few of them; all of them are for `-m exhaustive`."""
+    """A few of them, by the command; `test_every_check` has all of them without it."""
     names = ("exp_logits bf16 with E", "step frozen head, row_index", "sequence_loss triton")
     rows, done = smoke(tmp_path, "300", "--no-times", "--check", *names)
     assert done.returncode == 0, done.stdout + done.stderr
