@@ -2,8 +2,9 @@
 
 A trained lm_head needs g = ∂loss/∂logp before its gradient's product, so E is kept for as many
 columns of the vocabulary as the workspace holds, and computed again for the others. This draws what
-a byte of it buys, and says whether the default keeps its promise: at most a quarter of eager's
-extra memory in no more than its time, and at most a tenth with a workspace of 0.
+a byte of it buys, and says whether promises are kept: the default takes at most a quarter of
+eager's extra memory and four thirds of its time, a workspace of 0 at most a tenth of the memory,
+and one for all of E no more than its time.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def table(
     for p in promises:
         sign = "≤" if p["kept"] else ">"
         colour = "green" if p["kept"] else "red"
-        console.print(f"  {p['promise']} [{colour}]{p['measured']:.3f} {sign} {p['limit']}[/]")
+        console.print(f"  {p['promise']} [{colour}]{p['measured']:.3f} {sign} {p['limit']:.3g}[/]")
 
 
 def markdown(doc: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def markdown(doc: dict[str, Any]) -> str:
     lines.append("")
     for dtype, promises in by_dtype(doc["results"]).items():
         told = (
-            f"{p['promise']} {p['measured']:.2f} (at most {p['limit']:g}: "
+            f"{p['promise']} {p['measured']:.2f} (at most {p['limit']:.3g}: "
             f"{'kept' if p['kept'] else '**not kept**'})"
             for p in promises
         )

@@ -111,7 +111,12 @@ def exp_logits(  # many parameters: the contract's
     tolerance: Tensor | None = None,  # [N]
 ) -> ExpSums:
     close = None if tolerance is None else _Close(labels, anchor, tolerance)
-    sums = _exp_sums(hidden, head, labels, anchor, out, label_entry, stats, close)
+    # Not a function of how many rows there are where rows are summed: a row's sum is to have the
+    # same terms in a last, smaller block of rows. Where E alone is asked for (again, for a few
+    # columns), tiles as large as the forward's.
+    rows_at_a_time = len(hidden) if fixed_anchor else workspace.row_block(head.vocab_size, hidden)
+    tiles = _tiles(head.vocab_size, rows_at_a_time, hidden)
+    sums = _exp_sums(hidden, head, labels, anchor, tiles, out, label_entry, stats, close)
     if not fixed_anchor:
         reanchored = ~(sums.sum <= REANCHOR_ABOVE)  # NaN and inf are, too
     if reanchored is None or not bool(reanchored.any()):
@@ -121,14 +126,14 @@ def exp_logits(  # many parameters: the contract's
     rows = reanchored.nonzero().squeeze(1)
     hidden, labels, top = hidden[rows], labels[rows], anchor[rows]
     if not fixed_anchor:
-        found = _exp_sums(hidden, head, labels, top, None, None, ("is_top1",))
+        found = _exp_sums(hidden, head, labels, top, tiles, None, None, ("is_top1",))
         assert found.top is not None
         top = found.top
     part = None if out is None else out[rows]
     entry = None if label_entry is None else label_entry[rows]
     # Where nothing can occur the sums are 0, whatever the anchor, and not exp(−∞ + ∞).
     finite = torch.where(top == -torch.inf, 0.0, top)
-    again = _exp_sums(hidden, head, labels, finite, part, entry, stats)
+    again = _exp_sums(hidden, head, labels, finite, tiles, part, entry, stats)
     again = again._replace(anchor=top)
     if out is not None and part is not None:
         out[rows] = part
@@ -143,6 +148,7 @@ def _exp_sums(
     head: Head,
     labels: Tensor,  # [N]
     anchor: Tensor,  # [N]
+    tiles: list[tuple[int, int]],
     out: Tensor | None,  # [N, K]
     label_entry: Tensor | None,  # [N]
     stats: tuple[str, ...],
@@ -155,7 +161,7 @@ def _exp_sums(
     collision = zeros(n) if "log_sum_sq_probs" in stats else None
     logits = zeros(n) if "mean_logits" in stats else None
     top = torch.full_like(anchor, -torch.inf) if "is_top1" in stats else None
-    for start, stop in _tiles(head.vocab_size, hidden):
+    for start, stop in tiles:
         z = logits_of(hidden, head.columns(start, stop))
         derivative = head.softcap_derivative(z) if start < stored else None
         inside = (labels >= start) & (labels < stop)
@@ -333,11 +339,8 @@ def _tile_elements(like: Tensor) -> int:
     return _TILE_ELEMENTS.get(like.device.type, _TILE_ELEMENTS_ELSEWHERE)
 
 
-def _tiles(columns: int, like: Tensor) -> list[tuple[int, int]]:
-    """Not a function of how many rows there are: a row's sum is to have the same terms in a last,
-    smaller block of rows.
-    """
-    width = max(_MIN_TILE_COLUMNS, _tile_elements(like) // workspace.row_block(columns, like))
+def _tiles(columns: int, rows: int, like: Tensor) -> list[tuple[int, int]]:
+    width = max(_MIN_TILE_COLUMNS, _tile_elements(like) // max(1, rows))
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 

@@ -29,11 +29,13 @@ class CountProducts(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operations = 0
+        self.products = 0
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in FACTORS:
+            self.products += 1
             a, b = args[FACTORS[name] :][:2]
             self.operations += 2 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
         out = func(*args, **(kwargs or {}))
@@ -93,6 +95,15 @@ HALF = (N - IGNORED) * (V // 2)  # elements
 def test_units(dtype, trained, workspace, forward, backward):
     options = {} if workspace is None else {"workspace_bytes": workspace * ELEMENT[dtype]}
     assert units(trained, dtype, **options) == (forward, backward)
+
+
+def test_columns_computed_again_are_one_tile_where_they_fit():
+    """A tile is as wide as its rows leave room for, not as those of a whole block would."""
+    hidden, weight, _, labels = inputs((True, True, False))
+    logps = linear_logps(hidden, weight, labels, workspace_bytes=0)
+    with CountProducts() as count:
+        logps.sum().backward()
+    assert count.products == 3  # E, and two gradients
 
 
 def test_fp16_computes_e_again():
