@@ -69,7 +69,16 @@ from ..backends.workspace import (
 )
 from .call import Call
 from .entropy import with_entropy
-from .products import column_sums, lowered, multiply, multiply_into, multiply_wide, widens
+from .products import (
+    add_widened,
+    column_sums,
+    lowered,
+    multiply,
+    multiply_into,
+    multiply_wide,
+    widened,
+    widens,
+)
 from .row_state import RowState, label_entry_of, logps_of, renormalized, set_label_entries
 from .rows import Rows
 from .statistics import statistic, tolerance_of
@@ -369,7 +378,12 @@ class _HiddenGradient:
         self._sum: Tensor | None = None  # [N, D]
 
     def whole(self, e: Tensor, head: Head) -> Tensor:
-        """The gradient [N, D] from all columns at once: no sum remains, and no fp32 copy of it."""
+        """The gradient [N, D] from all columns at once: no sum remains, and no fp32 copy of it but
+        where operands are widened.
+        """
+        if widened(e):
+            self.add(e, head)
+            return self.finish()
         if not widens(e):
             found = [multiply(e, weight).mul_(self._coefficients) for weight in head.weights]
             return lowered(found[0] if len(found) == 1 else torch.cat(found, 1), self._lift)
@@ -395,10 +409,8 @@ class _HiddenGradient:
             block = sum_rows(into)
             for total, rows in zip(into.split(block), e.split(block), strict=True):
                 total += multiply_wide(rows, weight)
-        else:  # operands are widened first, a few columns at a time
-            width = recompute_columns(e.shape[0], e.shape[1], into)
-            for part, rows in zip(e.split(width, 1), weight.split(width), strict=True):
-                into.addmm_(part.to(into.dtype), rows.to(into.dtype))
+        else:
+            add_widened(into, e, weight)
 
     def finish(self) -> Tensor:
         assert self._sum is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdpo.core import products
 from fastdpo.loss import linear_dpo_loss, linear_logps
 
 N, V, D = 96, 4096, 64
@@ -30,6 +31,7 @@ class CountProducts(TorchDispatchMode):
         super().__init__()
         self.operations = 0
         self.products = 0
+        self.dtypes: set[torch.dtype] = set()  # of the products' factors
         self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -37,6 +39,7 @@ class CountProducts(TorchDispatchMode):
         if name in FACTORS:
             self.products += 1
             a, b = args[FACTORS[name] :][:2]
+            self.dtypes.add(a.dtype)
             self.operations += 2 * a.numel() * (b.shape[-1] if b.dim() > 1 else 1)
         out = func(*args, **(kwargs or {}))
         for t in out if isinstance(out, (tuple, list)) else (out,):
@@ -104,6 +107,35 @@ def test_columns_computed_again_are_one_tile_where_they_fit():
     with CountProducts() as count:
         logps.sum().backward()
     assert count.products == 3  # E, and two gradients
+
+
+@pytest.mark.parametrize("trained", [(True, True, False), (True, False, False)])
+@pytest.mark.parametrize(
+    ("dtype", "instructions", "products_in"),
+    [
+        (torch.bfloat16, True, {torch.float32, torch.bfloat16}),
+        (torch.bfloat16, False, {torch.float32}),
+        (torch.float16, True, {torch.float32}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("workspace", [None, 0])
+def test_what_16_bit_operands_are_multiplied_in(
+    dtype, instructions, products_in, trained, workspace, monkeypatch
+):
+    """In fp32 where the processor has no instructions for them: PyTorch's product of them is slow
+    there.
+    """
+    monkeypatch.setattr(products, "_has_bf16_products", lambda: instructions)
+    hidden, weight, _, labels = inputs(trained, dtype)
+    with CountProducts() as count:
+        linear_logps(hidden, weight, labels, workspace_bytes=workspace).sum().backward()
+    assert count.dtypes == products_in
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    linear_logps(*exact, labels).sum().backward()
+    for t, e in zip((hidden, weight), exact, strict=True):
+        if t.requires_grad:
+            torch.testing.assert_close(t.grad.double(), e.grad, rtol=2e-2, atol=2e-2)
 
 
 def test_fp16_computes_e_again():
