@@ -14,8 +14,8 @@ from torch import Tensor
 _BLOCK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 _RECOMPUTE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _SUM_BYTES = 32 << 20  # of fp32 products on their way into a sum
-# E computed again makes an fp32 step on a CPU longer by a sixth and more (docs/design.md), a 16-bit
-# one by more than that: its operands have to be widened again.
+# E computed again makes a step on a CPU longer by a sixth to a third, a 16-bit one on processors
+# with AMX by far more: its operands have to be widened again (docs/design.md).
 _DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 2 << 30}
 _DEFAULT_WORKSPACE_16_BIT = {"cpu": 512 << 20, "cuda": 2 << 30}
 # A default that holds less than this part of E saves less than a quarter of it of one product in
