@@ -143,7 +143,7 @@ def exp_logits(  # many parameters: the contract's
     )
 
 
-def _exp_sums(
+def _exp_sums(  # many parameters: the contract's, and how they are cut
     hidden: Tensor,  # [N, D]
     head: Head,
     labels: Tensor,  # [N]
