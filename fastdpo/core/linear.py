@@ -296,7 +296,7 @@ def _weight_gradient(
     lift: float,
     size: Tensor | None,  # [] taken out of the product, for fp16
 ) -> None:
-    wide = widens(e) and into.dtype == torch.float32
+    wide = widened(e) or (widens(e) and into.dtype == torch.float32)
     if size is None and (wide or into.dtype == e.dtype):
         multiply_into(into, e.t(), scaled, lift)
     else:

@@ -64,8 +64,8 @@ def widens(a: Tensor) -> bool:
 
 def widened(a: Tensor) -> bool:
     """Whether 16-bit operands are multiplied as fp32: on processors without bf16 instructions that
-    is three times as fast as PyTorch's own product of them, whose sums are fp32 too; in fp16, a
-    hundred times.
+    is three times as fast as PyTorch's own product of them, whose sums are fp32 too; in fp16,
+    hundreds of times (docs/correctness.md).
     """
     if not a.is_cpu:
         return False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdpo.backends import workspace
-from fastdpo.core import products
+from fastdpo.core import linear, products
 
 
 @pytest.fixture(params=[True, False], ids=["instructions", "none"])
@@ -47,6 +47,27 @@ def test_multiply_into_in_blocks(shape, lift, instructions, small_blocks):
     out = torch.full((m, n), torch.nan, dtype=torch.bfloat16)
     products.multiply_into(out, a, b, lift)
     assert torch.equal(out, ((a.float() @ b.float()) / lift).bfloat16())
+
+
+def test_a_weight_in_fp32_has_its_gradient_made_in_place(monkeypatch):
+    """Under autocast: nothing of its size is allocated beside it."""
+    monkeypatch.setattr(products, "_has_bf16_products", lambda: False)
+    monkeypatch.setattr(products, "_ROWS_WIDENED", 64)
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ in ("new_zeros", "mm"):
+                made.append(out.numel())
+            return out
+
+    e, x = whole_numbers(32, 1000), whole_numbers(32, 24)
+    into = torch.empty(1000, 24)
+    with Watch():
+        linear._weight_gradient(into, e, x, 1.0, None)
+    assert torch.equal(into, e.float().t() @ x.float())
+    assert max(made) <= 64 * 24
 
 
 def test_no_operand_is_widened_whole(small_blocks):
